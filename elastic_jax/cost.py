@@ -1,0 +1,305 @@
+"""What a submodel costs: parameters, active parameters, bytes of weights and of cache.
+
+Every cost is a sum over parameters of a product over named dimensions. A dimension's
+size is an integer where counts are given, so that the sum is exact, or the sum of its
+mask, so that the router's budget loss can be differentiated. No array is allocated.
+"""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from elastic_jax.axes import AXES, Counts, blocks_with, layers_with
+from elastic_jax.config import ModelConfig, did_you_mean
+
+# Bytes of 16 stored values. NVFP4 packs 16 four-bit values and one scale byte.
+BLOCK_BYTES = {"fp32": 64, "bf16": 32, "fp16": 32, "fp8": 16, "nvfp4": 9}
+
+KINDS = ("active_params", "total_params", "weight_bytes", "memory_bytes")
+
+# Units of a budget: how many, and whether they are bytes. "B" alone is billions.
+UNITS = {unit: (1000**i, False) for i, unit in enumerate(("", "K", "M", "B", "T"))}
+UNITS |= {f"{p}B": (1000**i, True) for i, p in enumerate("KMGT", 1)}
+UNITS |= {f"{p}iB": (1024**i, True) for i, p in enumerate("KMGT", 1)}
+
+Number = int | Array
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one submodel, made by `cost`.
+
+    Numbers are Python integers for counts, float32 scalars for masks.
+    """
+
+    specs: Any
+    sizes: Mapping[str, Any]  # of every dimension; a tuple has one entry per block
+    exact: bool
+
+    @property
+    def total_params(self) -> Number:
+        """Every stored parameter."""
+        return self._number(self._sum(self.specs))
+
+    @property
+    def active_params(self) -> Number:
+        """Parameters that one token uses: `top_k` of the routed experts, all else."""
+        return self._number(self._sum(self.specs, active=True))
+
+    def weight_bytes(self, precision: str = "bf16") -> Number:
+        """Bytes of all weights, every one stored in `precision`, rounded up."""
+        return self._bytes(self._sum(self.specs, block_bytes=_block_bytes(precision)))
+
+    def cache_bytes(
+        self, cache_specs, *, batch: int, length: int, precision: str = "bf16"
+    ) -> Number:
+        """Bytes of the decoding cache of `batch` rows of `length` tokens.
+
+        Arrays with a dtype of their own (scan states, counters) keep it; the others
+        are stored in `precision`.
+        """
+        given = {"batch": _at_least_one("batch", batch)}
+        given |= {"length": _at_least_one("length", length)}
+        block_bytes = _block_bytes(precision)
+        return self._bytes(self._sum(cache_specs, block_bytes=block_bytes, **given))
+
+    def _sum(self, specs, *, active=False, block_bytes=None, **given: int) -> Number:
+        """Summed products of sizes: elements, or 1/16 bytes with `block_bytes`."""
+        sizes = {**self.sizes, **given}
+        uneven = frozenset(d for d, size in sizes.items() if isinstance(size, tuple))
+        exact, soft = 0, []
+        for factors, times in _terms(specs, uneven, active, block_bytes):
+            product = [sizes[d] if i is None else sizes[d][i] for d, i in factors]
+            whole = times * math.prod(n for n in product if isinstance(n, int))
+            masked = [n for n in product if not isinstance(n, int)]
+            if masked:
+                soft.append(math.prod(masked, start=float(whole)))
+            else:
+                exact += whole
+        return _pairwise_sum([*soft, float(exact)]) if soft else exact
+
+    def _bytes(self, sixteenths: Number) -> Number:
+        if isinstance(sixteenths, int):
+            return self._number(-(-sixteenths // 16))
+        return self._number(sixteenths / 16)
+
+    def _number(self, value: Number) -> Number:
+        return value if self.exact else jnp.asarray(value, jnp.float32)
+
+
+def cost(
+    specs,
+    cfg: ModelConfig,
+    *,
+    counts: Counts | None = None,
+    masks: Mapping[str, Any] | None = None,
+) -> Cost:
+    """The cost of the submodel of `cfg` that `counts` or `masks` keep.
+
+    Args:
+      specs: the parameter specs of `cfg`.
+      counts: kept units; None is the full model.
+      masks: hard or soft masks, constant in time; a unit counts as its mask value.
+
+    Raises:
+      ValueError: both are given, or they do not fit `cfg`, or masks vary along time.
+    """
+    if counts is not None and masks is not None:
+        raise ValueError("cost: give counts or masks, not both")
+    given = masks if masks is not None else counts or {}
+    measure = _count if masks is None else _mask_sum
+    problems, sizes = [], dict(vars(cfg))
+    for axis, kept in given.items():
+        if axis not in AXES:
+            problems.append(f"unknown axis {axis!r}{did_you_mean(axis, AXES)}")
+        elif kept is not None:
+            try:
+                sizes[axis] = _kept(cfg, axis, kept, measure)
+            except ValueError as error:
+                problems.append(f"{axis}: {error}")
+    if problems:
+        raise ValueError("cost cannot use these:\n  " + "\n  ".join(problems))
+    return Cost(specs, sizes, exact=masks is None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target for the cost of a submodel.
+
+    Attributes:
+      target: a fraction of the full model if `relative`, else parameters or bytes.
+      kind: what is counted; `memory_bytes` is weights and cache together.
+      precision: of weights and cache, for the kinds in bytes.
+      batch, length: rows and tokens of the cache, for `memory_bytes`.
+    """
+
+    target: float
+    kind: str = "active_params"
+    relative: bool = True
+    precision: str = "bf16"
+    batch: int = 1
+    length: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            known = did_you_mean(self.kind, KINDS)
+            raise ValueError(f"unknown kind of budget {self.kind!r}{known}")
+        _block_bytes(self.precision)
+        if not math.isfinite(self.target) or self.target <= 0:
+            raise ValueError(f"a budget is positive and finite, got {self.target!r}")
+        if self.relative and self.target > 1:
+            raise ValueError(f"a relative budget is at most 1, got {self.target!r}")
+        if self.kind == "memory_bytes":
+            if self.length is None:
+                raise ValueError("a memory_bytes budget needs length=, tokens of cache")
+            _at_least_one("batch", self.batch)
+            _at_least_one("length", self.length)
+
+    def measure(self, cost: Cost, cache_specs) -> Number:
+        """What `cost` says of this budget's kind, in parameters or bytes."""
+        if self.kind == "active_params":
+            return cost.active_params
+        if self.kind == "total_params":
+            return cost.total_params
+        weights = cost.weight_bytes(self.precision)
+        if self.kind == "weight_bytes":
+            return weights
+        return weights + cost.cache_bytes(
+            cache_specs,
+            batch=self.batch,
+            length=self.length,
+            precision=self.precision,
+        )
+
+    def absolute(self, specs, cache_specs, cfg: ModelConfig) -> float:
+        """The target in parameters or bytes, `cfg` being the full model."""
+        if not self.relative:
+            return float(self.target)
+        return self.target * self.measure(cost(specs, cfg), cache_specs)
+
+    def ratio(self, specs, cache_specs, cfg: ModelConfig, *, counts=None, masks=None):
+        """Cost over target: 1 on target. Differentiable for masks."""
+        value = self.measure(cost(specs, cfg, counts=counts, masks=masks), cache_specs)
+        return value / self.absolute(specs, cache_specs, cfg)
+
+
+def parse_budget(
+    text: str | float,
+    *,
+    kind: str | None = None,
+    precision: str = "bf16",
+    batch: int = 1,
+    length: int | None = None,
+) -> Budget:
+    """A budget from what a person writes: `0.78`, `"2.8B"`, `"12.4e9"`, `"24GiB"`.
+
+    A plain number up to 1 is a fraction of the full model. `B` alone is billions of
+    parameters; bytes are written `GB` (10^9) or `GiB` (2^30). Without `kind`, bytes
+    mean `memory_bytes` and everything else `active_params`.
+    """
+    match = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    try:
+        number, (factor, in_bytes) = float(match[1]), UNITS[match[2]]
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(
+            f"cannot read the budget {text!r}; write a fraction such as 0.78, or a "
+            "number with K, M, B, T for parameters or GB, GiB for bytes"
+        ) from None
+    plain = not match[2]
+    if plain and number > 1 and not number.is_integer():
+        raise ValueError(f"the budget {text!r} is no fraction and no whole number")
+    kind = kind or ("memory_bytes" if in_bytes else "active_params")
+    if not plain and kind in KINDS and in_bytes != kind.endswith("_bytes"):
+        unit = "bytes" if in_bytes else "parameters"
+        raise ValueError(f"the budget {text!r} is in {unit}, but its kind is {kind!r}")
+    return Budget(
+        target=number * factor,
+        kind=kind,
+        relative=plain and number <= 1,
+        precision=precision,
+        batch=batch,
+        length=length,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _terms(specs, uneven: frozenset[str], active: bool, block_bytes: int | None):
+    """((dim, block), ...) -> how often this product occurs in `specs`, as pairs.
+
+    `block` is an index into a size with one entry per block, for the dims in `uneven`.
+    Equal products are counted, not repeated: 52 blocks have few distinct ones, which
+    keeps a traced budget loss small.
+    """
+    terms: Counter = Counter()
+    for path, spec in specs:
+        factors = []
+        for dim in spec.dims:
+            block = layers_with(specs, dim).index(path[1]) if dim in uneven else None
+            chosen = active and dim == "experts" and dim in spec.batch
+            factors.append(("top_k" if chosen else dim, None if chosen else block))
+        if path[0] == "layers" and "layers" in uneven:
+            factors.append(("layers", path[1]))
+        own = getattr(spec, "dtype", None)
+        weight = jnp.dtype(own).itemsize * 16 if own else block_bytes
+        terms[tuple(factors)] += 1 if block_bytes is None else weight
+    return tuple(terms.items())
+
+
+def _kept(cfg: ModelConfig, axis: str, kept, measure):
+    """`measure(entry, full size)` for the axis, or for each block that has it."""
+    if axis == "layers":
+        if np.shape(kept) != (cfg.layers,):
+            raise ValueError(f"shape {np.shape(kept)}, expected {(cfg.layers,)}")
+        return tuple(kept if measure is _count else jnp.asarray(kept, jnp.float32))
+    full = getattr(cfg, axis)
+    if not isinstance(kept, tuple) and not isinstance(full, tuple):
+        return measure(kept, full)
+    blocks = len(blocks_with(cfg.pattern, axis))
+    if isinstance(kept, tuple) and len(kept) != blocks:
+        raise ValueError(f"{len(kept)} entries for {blocks} blocks that have it")
+    each = kept if isinstance(kept, tuple) else (kept,) * blocks
+    sizes = full if isinstance(full, tuple) else (full,) * blocks
+    return tuple(measure(k, n) for k, n in zip(each, sizes, strict=True))
+
+
+def _count(kept: int, size: int) -> int:
+    if not 0 < kept <= size:
+        raise ValueError(f"{kept} of {size}; make counts with elastic_jax.counts")
+    return kept
+
+
+def _mask_sum(mask: Array, size: int) -> Array:
+    if mask.shape != (size,):
+        raise ValueError(
+            f"a mask of shape {mask.shape}, expected {(size,)}, constant in time"
+        )
+    return jnp.sum(mask, dtype=jnp.float32)
+
+
+def _pairwise_sum(terms: list) -> Array:
+    """A tree of additions: float32 rounding grows with the depth, not the length."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[2 * len(pairs) :]
+    return terms[0]
+
+
+def _block_bytes(precision: str) -> int:
+    if precision not in BLOCK_BYTES:
+        known = did_you_mean(precision, BLOCK_BYTES)
+        raise ValueError(f"unknown precision {precision!r}{known}")
+    return BLOCK_BYTES[precision]
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    return value

@@ -1,0 +1,127 @@
+"""Budget masks: one float per unit of an axis, and the one place that applies them.
+
+*Mask on write, count on norm*: each axis has one point in the network where its
+activations are multiplied; a norm divides by the number of live channels, not by
+the width. Masks act on activations, never on weights.
+
+A mask leaf has shape [size], or [b, t, size] to vary along time. An axis that is
+absent, or None, is full.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from elastic_jax.axes import AXES, Counts, Size, blocks_with
+
+# Axis -> leaf for the whole model, or a tuple with a leaf per block with the axis.
+BudgetMasks = Mapping[str, Array | tuple[Array, ...]]
+LayerMasks = Mapping[str, Array]
+
+
+def masks_from_counts(cfg: Any, counts: Counts | None = None) -> BudgetMasks:
+    """Hard prefix masks, float32, 1 for the first `n` units of each counted axis.
+
+    Args:
+      cfg: the ModelConfig that `counts` were made for.
+      counts: kept units; axes that are absent stay full and get no mask.
+
+    Returns:
+      axis -> [size], or a tuple of these where counts or sizes differ per block;
+      `layers` -> [number of blocks].
+    """
+    masks = {}
+    for axis, kept in (counts or {}).items():
+        size = getattr(cfg, axis)
+        if axis == "layers":
+            masks[axis] = jnp.asarray(kept, jnp.float32)
+        elif isinstance(kept, tuple) or isinstance(size, tuple):
+            blocks = len(blocks_with(cfg.pattern, axis))
+            pairs = zip(_each(kept, blocks), _each(size, blocks), strict=True)
+            masks[axis] = tuple(prefix_mask(n, full) for n, full in pairs)
+        else:
+            masks[axis] = prefix_mask(kept, size)
+    return masks
+
+
+def prefix_mask(kept: int, size: int) -> Float[Array, " size"]:
+    """1 for the first `kept` of `size` units, 0 for the rest."""
+    return (jnp.arange(size) < kept).astype(jnp.float32)
+
+
+def layer_masks(masks: BudgetMasks | None, pattern: str, layer: int) -> LayerMasks:
+    """The masks that block `layer` sees: `embed` and the axes it has."""
+    seen = {}
+    for axis, mask in (masks or {}).items():
+        if axis == "layers" or mask is None:
+            continue
+        if isinstance(mask, tuple):
+            blocks = blocks_with(pattern, axis)
+            if layer in blocks:
+                seen[axis] = mask[blocks.index(layer)]
+        elif not AXES[axis].blocks or pattern[layer] in AXES[axis].blocks:
+            seen[axis] = mask
+    return seen
+
+
+def elastic(
+    value: Array,
+    masks: LayerMasks,
+    axis: str,
+    *,
+    dim: int,
+    tap: Callable[[str, Array], None] | None = None,
+) -> Array:
+    """Multiplies `value` by the mask of `axis` along `dim`: the axis's mask point.
+
+    `tap(axis, value)` sees the value before the mask.
+    """
+    if tap is not None:
+        tap(axis, value)
+    mask = masks.get(axis)
+    if mask is None:
+        return value
+    return value * _spread(mask, value, axis, dim).astype(value.dtype)
+
+
+def written(value: Array, masks: LayerMasks, axis: str, *, dim: int) -> Array:
+    """`value` where the mask is not zero: what the submodel itself would have stored.
+
+    State outlives the mask under which it was written, so what goes into it is
+    selected, and the soft factor is left to the mask point at the read.
+    """
+    mask = masks.get(axis)
+    if mask is None:
+        return value
+    return jnp.where(_spread(mask, value, axis, dim) > 0, value, 0)
+
+
+def live(masks: LayerMasks, axis: str, size: int) -> Float[Array, "..."] | int:
+    """How many units of `axis` are live: an int, or sum(mask) of shape [] or [b, t]."""
+    mask = masks.get(axis)
+    return size if mask is None else jnp.sum(mask, -1)
+
+
+def varies_along_time(masks: LayerMasks) -> bool:
+    """Whether any mask has shape [b, t, size]."""
+    return any(mask.ndim > 1 for mask in masks.values())
+
+
+def _each(value: Size, blocks: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * blocks
+
+
+def _spread(mask: Array, value: Array, axis: str, dim: int) -> Array:
+    """`mask` shaped to broadcast against `value`, its last dimension at `dim`."""
+    if mask.shape[-1] != value.shape[dim]:
+        raise ValueError(
+            f"the mask of {axis} has {mask.shape[-1]} entries for {value.shape[dim]} "
+            "units; make masks with masks_from_counts(cfg, counts) of the same cfg"
+        )
+    shape = [1] * value.ndim
+    shape[dim] = mask.shape[-1]
+    if mask.ndim > 1:
+        shape[:2] = mask.shape[:2]
+    return mask.reshape(shape)

@@ -1,0 +1,8 @@
+"""The operations elastic_jax exists to make fast, one folder each."""
+
+from elastic_kernels.attention.api import causal_attention
+from elastic_kernels.grouped_matmul.api import expert_mlp, grouped_matmul
+from elastic_kernels.quant_array import contract
+from elastic_kernels.ssd.api import ssd
+
+__all__ = ["causal_attention", "contract", "expert_mlp", "grouped_matmul", "ssd"]

@@ -1,0 +1,116 @@
+"""Products in which every row chooses its own matrix: dropless mixture of experts.
+
+    m tokens   c choices (top_k)   e experts   d embed   f expert_ffn
+
+`grouped_matmul` is the single product, for statistics that need every intermediate.
+`expert_mlp` fuses the two products, the activation and the gated sum, so that only
+one hidden activation per (token, choice) is ever kept, and only for the gradient.
+Every row is computed exactly, however unevenly the rows choose.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from elastic_kernels.dispatch import select
+from elastic_kernels.grouped_matmul import reference, xla
+
+
+def grouped_matmul(
+    x: Float[Array, "m c d"],
+    w: Float[Array, "e d f"],
+    experts: Int[Array, "m c"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "m c f"]:
+    """Multiplies each row by its expert's matrix: `x[m, c] @ w[experts[m, c]]`.
+
+    Args:
+      x: one row per (token, choice).
+      w: one matrix per expert; used in the dtype of `x`.
+      experts: which matrix, in [0, e). Not checked: the values are traced.
+      implementation: see `elastic_kernels.dispatch.select`.
+
+    Returns:
+      The products, in the dtype of `x`, accumulated in at least float32.
+      Differentiable in `x` and `w`; a matrix nobody chose gets a zero gradient.
+
+    Raises:
+      ValueError: shapes do not fit, or `experts` is not an integer array.
+    """
+    _check_experts("grouped_matmul", experts, x.shape[:2], w.shape[0])
+    _check_shape("grouped_matmul", "w", w, (w.shape[0], x.shape[2], w.shape[-1]))
+    available = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul}
+    return select("grouped_matmul", implementation, available)(x, w, experts)
+
+
+def expert_mlp(
+    x: Float[Array, "m d"],
+    up: Float[Array, "e d f"],
+    down: Float[Array, "e f d"],
+    experts: Int[Array, "m c"],
+    gates: Float[Array, "m c"],
+    *,
+    hidden_mask: Float[Array, "*m f"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "m d"]:
+    """Sends each token through its chosen experts and sums their outputs by gate.
+
+    Equivalent, for one token, to
+
+        sum(g * (relu(x @ up[e]) ** 2 * hidden_mask) @ down[e]
+            for e, g in zip(experts, gates))
+
+    The squared-ReLU expert without a gate projection is Nemotron-H's
+    (arXiv:2504.03624).
+
+    Args:
+      x: tokens.
+      up, down: one pair of matrices per expert; used in the dtype of `x`.
+      experts: the chosen experts, in [0, e). Not checked: the values are traced.
+      gates: the weight of each choice.
+      hidden_mask: factors on the hidden channels, [f] for all tokens or [m f].
+      implementation: see `elastic_kernels.dispatch.select`.
+
+    Returns:
+      [m d] in the dtype of `x`, accumulated in at least float32. Differentiable in
+      `x`, `up`, `down`, `gates` and `hidden_mask`; an expert nobody chose gets a zero
+      gradient.
+
+    Raises:
+      ValueError: shapes do not fit, or `experts` is not an integer array.
+    """
+    (m, d), (e, _, f) = x.shape, up.shape
+    _check_experts("expert_mlp", experts, (m, experts.shape[-1]), e)
+    _check_shape("expert_mlp", "up", up, (e, d, f))
+    _check_shape("expert_mlp", "down", down, (e, f, d))
+    _check_shape("expert_mlp", "gates", gates, experts.shape)
+    if hidden_mask is not None:
+        whole = (f,) if hidden_mask.ndim == 1 else (m, f)
+        _check_shape("expert_mlp", "hidden_mask", hidden_mask, whole)
+    available = {"reference": reference.expert_mlp, "xla": xla.expert_mlp}
+    chosen = select("expert_mlp", implementation, available)
+    return chosen(x, up, down, experts, gates, hidden_mask)
+
+
+def _check_shape(operation: str, name: str, a: jax.Array, expected: tuple) -> None:
+    if a.shape != tuple(expected):
+        raise ValueError(
+            f"{operation}: {name} has shape {a.shape}, expected {tuple(expected)}; "
+            "make it fit the other arguments"
+        )
+
+
+def _check_experts(operation: str, experts: jax.Array, rows: tuple, count: int) -> None:
+    """Rows are numbered together with their expert in one int32: see `xla`."""
+    _check_shape(operation, "experts", experts, rows)
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(
+            f"{operation}: experts has dtype {experts.dtype}, expected integers; "
+            "pass the indices that top_k returns"
+        )
+    if experts.size * count >= 2**31:
+        raise ValueError(
+            f"{operation}: {experts.size} rows x {count} experts, expected a product "
+            "below 2**31; split the tokens into several calls"
+        )

@@ -1,0 +1,125 @@
+"""Budget masks: what they select, where they act, and what they leave alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elastic_jax as ej
+from elastic_jax.masks import (
+    elastic,
+    layer_masks,
+    live,
+    masks_from_counts,
+    prefix_mask,
+    varies_along_time,
+    written,
+)
+
+CFG = ej.presets.tiny(pattern="ME*-EM")
+
+
+def test_a_prefix_mask_keeps_the_first():
+    mask = prefix_mask(2, 5)
+    assert mask.tolist() == [1, 1, 0, 0, 0]
+    assert mask.dtype == jnp.float32
+
+
+def test_masks_have_the_parents_sizes():
+    counts = ej.counts(
+        CFG, embed=32, experts=(3, 5), ffn=64, layers=(1, 0, 1, 1, 1, 1)
+    )
+    masks = masks_from_counts(CFG, counts)
+    assert set(masks) == {"embed", "experts", "ffn", "layers"}
+    assert masks["embed"].shape == (96,) and masks["embed"].sum() == 32
+    assert [(m.shape, int(m.sum())) for m in masks["experts"]] == [((8,), 3), ((8,), 5)]
+    assert masks["ffn"].shape == (128,) and masks["ffn"].sum() == 64
+    assert masks["layers"].tolist() == [1, 0, 1, 1, 1, 1]
+    assert masks_from_counts(CFG) == masks_from_counts(CFG, ej.counts(CFG)) == {}
+
+
+def test_masks_of_a_submodel_follow_its_sizes():
+    small = ej.slice_config(CFG, ej.counts(CFG, experts=(3, 5)))
+    masks = masks_from_counts(small, ej.counts(small, experts=2))
+    assert [m.tolist() for m in masks["experts"]] == [[1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_block_sees_embed_and_its_own_axes():
+    counts = ej.counts(CFG, embed=32, experts=(3, 5), ffn=64, heads_per_group=(1, 2))
+    masks = masks_from_counts(CFG, counts) | {"q_per_kv": None}
+    seen = [layer_masks(masks, CFG.pattern, i) for i in range(CFG.layers)]
+    assert [set(m) for m in seen] == [
+        {"embed", "heads_per_group"},
+        {"embed", "experts"},
+        {"embed"},
+        {"embed", "ffn"},
+        {"embed", "experts"},
+        {"embed", "heads_per_group"},
+    ]
+    assert [int(seen[i]["experts"].sum()) for i in (1, 4)] == [3, 5]
+    assert [int(seen[i]["heads_per_group"].sum()) for i in (0, 5)] == [1, 2]
+    assert layer_masks(None, CFG.pattern, 0) == {}
+
+
+def test_depth_is_no_mask_inside_a_block():
+    masks = {"layers": jnp.ones(6), "embed": jnp.ones(96)}
+    assert set(layer_masks(masks, CFG.pattern, 0)) == {"embed"}
+
+
+def test_elastic_multiplies_along_one_dimension():
+    value = jnp.ones((2, 3, 4, 5))
+    mask = jnp.array([1.0, 0.5, 0.0, 0.0])
+    got = elastic(value, {"q_per_kv": mask}, "q_per_kv", dim=-2)
+    np.testing.assert_array_equal(got, value * mask[None, None, :, None])
+    assert elastic(value, {}, "q_per_kv", dim=-2) is value
+    assert elastic(value, {"q_per_kv": None}, "q_per_kv", dim=-2) is value
+
+
+def test_elastic_keeps_the_dtype_of_activations():
+    value = jnp.ones((2, 3, 4), jnp.bfloat16)
+    masked = elastic(value, {"ffn": prefix_mask(2, 4)}, "ffn", dim=-1)
+    assert masked.dtype == value.dtype
+
+
+def test_a_mask_may_vary_along_time():
+    mask = jnp.stack([jnp.stack([prefix_mask(n, 4) for n in row])
+                      for row in ((1, 2, 3), (4, 3, 2))])
+    value = jnp.ones((2, 3, 4, 5))
+    got = elastic(value, {"q_per_kv": mask}, "q_per_kv", dim=-2)
+    np.testing.assert_array_equal(got.sum((-2, -1)), [[5, 10, 15], [20, 15, 10]])
+    assert varies_along_time({"q_per_kv": mask})
+    assert not varies_along_time({"q_per_kv": mask[0, 0]})
+    np.testing.assert_array_equal(
+        live({"q_per_kv": mask}, "q_per_kv", 4), [[1, 2, 3], [4, 3, 2]]
+    )
+
+
+def test_live_counts_soft_units():
+    masks = {"embed": jnp.array([1.0, 0.5, 0.25, 0.0])}
+    assert float(live(masks, "embed", 4)) == 1.75
+    assert live({}, "embed", 4) == 4
+    assert live({"embed": None}, "embed", 4) == 4
+
+
+def test_written_selects_and_never_scales():
+    mask = jnp.array([1.0, 0.3, 0.0])
+    value = jnp.array([[2.0, 2.0, jnp.nan]])
+    np.testing.assert_array_equal(
+        written(value, {"ssm_state": mask}, "ssm_state", dim=-1), [[2.0, 2.0, 0.0]]
+    )
+    assert written(value, {}, "ssm_state", dim=-1) is value
+
+
+def test_a_tap_sees_the_value_before_the_mask():
+    seen = {}
+    value = jnp.ones((1, 1, 4))
+    elastic(value, {"ffn": prefix_mask(1, 4)}, "ffn", dim=-1, tap=seen.__setitem__)
+    assert seen["ffn"] is value
+    elastic(value, {}, "ffn", dim=-1, tap=seen.__setitem__)
+    assert seen["ffn"] is value
+
+
+@pytest.mark.parametrize("apply", [elastic, written])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_a_mask_of_the_wrong_size_does_not_broadcast(apply, size):
+    with pytest.raises(ValueError, match=f"mask of ffn has {size} entries for 4 units"):
+        apply(jnp.ones((1, 1, 4)), {"ffn": jnp.ones(size)}, "ffn", dim=-1)
