@@ -1,0 +1,140 @@
+"""How many bytes a submodel's restore reads, and what verifying them costs.
+
+    python experiments/bench_checkpoint.py [--dir=DIR] [--repeats=25]
+
+Saves a nested checkpoint with the widths of Nemotron 3 Nano (fewer blocks, experts
+and vocabulary entries: 270 MB) and restores submodels of it. Bytes are what the
+process reads (`rchar`), metadata included; a share is the submodel's fraction of the
+parent's parameters, times the bytes on disk. The cost of verifying is the difference
+to the same checkpoint stored without checksums, restored in turn, in CPU seconds,
+which other processes disturb least.
+
+RESULTS
+"""
+
+import argparse
+import dataclasses
+import os
+import resource
+import statistics
+import tempfile
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import elastic_jax as ej
+from elastic_jax import axes, checkpoint
+from elastic_jax.axes import AXES
+
+# The released sizes by name; `unplanned` adds counts that nobody prepared for.
+SUBMODELS = {
+    "30B": {},
+    "23B": {"embed": 2016},
+    "12B": {"embed": 1920, "expert_ffn": 960},
+}
+
+
+def nano() -> ej.ModelConfig:
+    """Nemotron 3 Nano's widths, in one block of each kind."""
+    parent = ej.presets.nemotron3_nano()
+    return dataclasses.replace(parent, pattern="ME*", vocab=2048, experts=8)
+
+
+def normal_params(cfg: ej.ModelConfig):
+    """Normal numbers in bfloat16: their bytes compress like those of weights."""
+    draw, specs = np.random.default_rng(0), ej.param_specs(cfg)
+
+    def leaf(path, spec):
+        shape = axes.shape(cfg, specs, path, spec)
+        return draw.standard_normal(shape, dtype=np.float32).astype(jnp.bfloat16)
+
+    return axes.map_specs(leaf, specs)
+
+
+def unplanned(cfg: ej.ModelConfig, number: int) -> dict[str, dict[str, int]]:
+    """Counts drawn uniformly from the upper half of every axis of `cfg`."""
+    draw, found = np.random.default_rng(0), {}
+    for i in range(number):
+        kept = {}
+        for name in set(AXES) - {"ffn", "layers"}:
+            full, step = getattr(cfg, name), AXES[name].step
+            low = max(full // 2, cfg.top_k if name == "experts" else step)
+            options = np.arange(-(-low // step) * step, full + 1, step)
+            kept[name] = int(draw.choice(options))
+        found[f"random {i}"] = kept
+    return found
+
+
+def restored(path: str, counts: dict) -> tuple[int, int, float, float]:
+    """Elements, bytes read, CPU and wall seconds of one restore."""
+    read, cpu, wall = bytes_read(), cpu_seconds(), time.perf_counter()
+    params, _ = checkpoint.open_nested(path).restore(counts)
+    jax.block_until_ready(params)
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    elements = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return elements, bytes_read() - read, cpu, wall
+
+
+def bytes_read() -> int:
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def unverified():
+    """Codecs without the checksum, which comes last."""
+    return mock.patch.object(checkpoint, "CODECS", checkpoint.CODECS[:-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", help="where to write; the system's temporary place")
+    parser.add_argument("--repeats", type=int, default=25)
+    given = parser.parse_args()
+
+    cfg = nano()
+    params = normal_params(cfg)
+    with tempfile.TemporaryDirectory(dir=given.dir) as work:
+        path, bare = os.path.join(work, "checkpoint"), os.path.join(work, "bare")
+        begin = time.perf_counter()
+        checkpoint.save_nested(path, params, cfg, budgets={})
+        seconds = time.perf_counter() - begin
+        with unverified():
+            checkpoint.save_nested(bare, params, cfg, budgets={})
+
+        total = sum(leaf.size for leaf in jax.tree.leaves(params))
+        size = checkpoint.open_nested(path).size_bytes
+        print(f"{total} parameters in bfloat16, {size / 1e6:.1f} MB on disk, ", end="")
+        print(f"saved in {seconds:.1f} s\n")
+        print("submodel   share MB   read MB   read / share   seconds   counts")
+        for name, counts in (SUBMODELS | unplanned(cfg, 6)).items():
+            elements, read, _, wall = restored(path, counts)
+            share = size * elements / total
+            kept = " ".join(f"{a}={counts[a]}" for a in AXES if a in counts)
+            print(
+                f"{name:9}{share / 1e6:10.1f}{read / 1e6:10.1f}{read / share:15.3f}"
+                f"{wall:10.2f}   {kept}"
+            )
+        for name in ("30B", "12B"):
+            with_, without = [], []
+            for _ in range(given.repeats):
+                with_.append(restored(path, SUBMODELS[name])[2])
+                with unverified():
+                    without.append(restored(bare, SUBMODELS[name])[2])
+            middle = statistics.median(with_), statistics.median(without)
+            print(
+                f"\nverifying {name}: {1 - middle[1] / middle[0]:.1%} of a restore "
+                f"(medians of {given.repeats}: {middle[0]:.3f} s, {middle[1]:.3f} s "
+                f"without; least {min(with_):.3f} s, {min(without):.3f} s)"
+            )
+
+
+if __name__ == "__main__":
+    main()

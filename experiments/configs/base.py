@@ -1,0 +1,92 @@
+"""Every field an experiment has, with its default. A config file changes some.
+
+Budgets are fractions of the parent's cost, largest first. `stages.names` is the order
+of the stages; each has a group of its own. `when_smoke` is laid over the rest by
+`--config.smoke=True`.
+"""
+
+from ml_collections import config_dict
+
+
+def stage(**changes):
+    """Fields as of `elastic_jax.curriculum.Stage`, and the length of the chains."""
+    fields = {
+        "steps": 400,
+        "context": 96,
+        "batch": 32,
+        "micro_batch": 16,
+        "learning_rate": 1e-3,
+        "router_learning_rate": 1e-2,
+        "warmup_steps": 20,
+        "final_learning_rate": 0.1,
+        "sampling": (),
+        "router": "train",
+        "budget_loss_weight": 10.0,
+        "min_steps": 2,
+        "max_steps": 6,
+    }
+    return config_dict.create(**(fields | changes))
+
+
+def get_config():
+    config = config_dict.ConfigDict()
+    config.title = "Star Elastic on a synthetic reasoning task"
+    config.seed = 0
+    config.smoke = False
+    config.save_every = 100
+    config.log_every = 10
+    config.on_nonfinite = "stop"
+    config.modulus = 11
+
+    config.model = config_dict.create(
+        pattern="MEM*ME",
+        vocab=64,
+        embed=96,
+        ssm_groups=2,
+        heads_per_group=4,
+        ssm_head_dim=16,
+        ssm_state=16,
+        conv_width=4,
+        kv_heads=2,
+        q_per_kv=2,
+        head_dim=16,
+        experts=8,
+        expert_ffn=64,
+        shared_ffn=64,
+        ffn=128,
+        top_k=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.5,
+        norm_eps=1e-5,
+    )
+    config.parent = stage(steps=800, learning_rate=6e-3, warmup_steps=30, max_steps=8)
+    config.parent.accuracy_target = 0.98
+    config.parent.accuracy_floor = 0.95
+    config.parent.check_every = 100
+
+    config.calibration = config_dict.create(rows=128, batch=32)
+    config.orders = config_dict.create(random=5, rows=64)
+
+    config.elastic = config_dict.create(
+        embed=(96, 80, 64, 48),
+        heads_per_group=(4, 3, 2),
+        expert_ffn=(64, 48, 32, 16),
+        shared_ffn=(64, 48, 32, 16),
+        per_layer=(),
+    )
+    config.router = config_dict.create(fit_first=0, hard_probability=0.004)
+    config.budgets = config_dict.create(
+        kind="active_params", names=("full", "mid", "small"), targets=(1.0, 0.78, 0.58)
+    )
+    config.stages = config_dict.create(
+        names=("short", "long"),
+        short=stage(),
+        long=stage(router="frozen", context=128, max_steps=8, sampling=(5.0, 3.0, 2.0)),
+    )
+    config.evaluation = config_dict.create(
+        problems=512, min_steps=2, max_steps=8, context=128
+    )
+    config.controls = "one"
+    config.when_smoke = config_dict.ConfigDict()
+    return config

@@ -1,0 +1,35 @@
+"""The whole story on a laptop: parent, scores, nested training, slices, report.
+
+    python experiments/run.py --config=experiments/configs/tiny.py --workdir=DIR
+
+Hardware: 2 CPU cores. The measured minutes and numbers are in the README.
+"""
+
+from experiments.configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.when_smoke.update(
+        {
+            "save_every": 4,
+            "log_every": 2,
+            "parent": {
+                "steps": 6,
+                "batch": 8,
+                "micro_batch": 8,
+                "warmup_steps": 2,
+                "accuracy_floor": 0.0,
+                "check_every": 6,
+            },
+            "calibration": {"rows": 16, "batch": 8},
+            "orders": {"random": 1, "rows": 8},
+            "router": {"fit_first": 300},
+            "stages": {
+                "short": {"steps": 6, "batch": 8, "micro_batch": 4, "warmup_steps": 2},
+                "long": {"steps": 4, "batch": 8, "micro_batch": 4, "warmup_steps": 2},
+            },
+            "evaluation": {"problems": 16},
+        }
+    )
+    return config

@@ -1,0 +1,429 @@
+"""The phases of an experiment: each reads and writes the workdir, and can resume.
+
+    workdir/
+      parent/        the parent's training run        scores.npz   calibration
+      elastic/       nested training                  random-0/    the control runs
+      checkpoint/    the nested checkpoint            results.json report.md *.png
+
+A phase that is complete is read back, not run again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import elastic_jax as ej
+from elastic_jax import checkpoint, data, fit, train
+from elastic_jax.axes import AXES, blocks_with
+from elastic_jax.axes import AXES
+from elastic_jax.curriculum import Stage
+from elastic_jax.importance import calibrate, depth_importance
+from elastic_jax.router import budget_input, make_router
+from experiments.settings import Plan
+from experiments.tasks import EOS, prompts, score
+
+SNAPSHOTS = (50, 100)  # steps at which divergences are compared
+console = Console()
+
+
+class Failed(RuntimeError):
+    """A phase ended without what it was asked for."""
+
+
+@dataclasses.dataclass
+class Workdir:
+    """Where a run lives, and how long each phase took, over all its resumptions."""
+
+    path: pathlib.Path
+
+    def __post_init__(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.seconds = self.read("seconds.json") or {}
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the workdir; None where there is none."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes a JSON file as a whole or not at all."""
+        beside = self.path / f"{name}.tmp"
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+        beside.replace(self.path / name)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, title: str) -> Iterator[None]:
+        """Announces a phase and adds up its seconds, also when it is cut short."""
+        console.rule(f"[bold]{title}", align="left")
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self.seconds.get(name, 0) + time.monotonic() - start
+            self.seconds[name] = round(spent, 1)
+            self.write("seconds.json", self.seconds)
+
+
+@contextlib.contextmanager
+def bar(title: str, total: int) -> Iterator[Any]:
+    """A progress bar with the time left; yields `advance(done, note)`."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+
+def run_stages(
+    plan: Plan,
+    workdir: Workdir,
+    name: str,
+    stages,
+    objective,
+    params: Any,
+    *,
+    router: Any = None,
+    allow_changes: bool = False,
+    metrics: bool = True,
+    **hooks: Any,
+) -> tuple[train.TrainState, dict[str, Any]]:
+    """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short."""
+    folder = workdir.path / name
+    optimizer = train.optimizer(ej.param_specs(plan.cfg))
+    state = train.init_state(params, optimizer, router)
+    log = fit.MetricLog(folder / "metrics") if metrics else None
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.TrainCheckpoints(folder))
+        bars: dict[str, Any] = {}
+
+        def observe(stage, done, state, row):
+            if stage.name not in bars:
+                bars.clear()
+                stack.enter_context(contextlib.closing(_Bar(stage, bars)))
+            bars[stage.name](done, f"loss {row['loss']:.4f}")
+            for cause in (k for k in row if k.startswith("alarm/")):
+                advice = fit.Alarms.ADVICE.get(cause.removeprefix("alarm/"), "")
+                console.print(f"step {int(state.step)}: {cause} {advice}", style="red")
+            if "observe" in hooks:
+                hooks["observe"](stage, done, state, row)
+
+        run = fit.Run(
+            stages=stages,
+            objective=objective,
+            batches=lambda stage: data.batches(
+                plan.tasks[stage.name], batch=stage.batch, seed=plan.values["seed"]
+            ),
+            optimizer=optimizer,
+            identity=identity(plan, stages),
+            checkpoints=checkpoints,
+            save_every=plan.values["save_every"],
+            log_every=plan.values["log_every"],
+            on_nonfinite=plan.values["on_nonfinite"],
+            metrics=log,
+            **hooks | {"observe": observe},
+        )
+        return fit.fit(run, state, allow_changes=allow_changes)
+
+
+class _Bar:
+    """The bar of one stage, opened at its first step."""
+
+    def __init__(self, stage: Stage, bars: dict[str, Any]):
+        self._context = bar(stage.name, stage.total_steps)
+        bars[stage.name] = self._context.__enter__()
+
+    def close(self) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def identity(plan: Plan, stages) -> dict[str, Any]:
+    """What a save belongs to: configuration, data and software."""
+    values = {k: v for k, v in plan.values.items() if k not in ("controls", "stages")}
+    staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
+    digests = {
+        stage.name: plan.tasks[stage.name].digest() for stage in stages
+    }
+    whole = {"config": values, "stages": staged, "data": digests, **fit.software()}
+    return json.loads(json.dumps(whole))
+
+
+def parent(
+    plan: Plan, workdir: Workdir, *, allow_changes: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The trained parent and what is known about it; reused where it is complete.
+
+    Raises:
+      Failed: it ended below its floor.
+    """
+    values, stage = plan.values["parent"], plan.parent_stage
+    problems = plan.tasks["parent"].problems(256, seed=plan.values["seed"] + 1)
+
+    def accuracy(params) -> float:
+        return float(np.mean(solve(params, plan.cfg, problems)))
+
+    def enough(_, done, state):
+        if done % values["check_every"] or done == stage.total_steps:
+            return False
+        return accuracy(state.params) >= values["accuracy_target"]
+
+    def finish(_, state, __):
+        return {"accuracy": accuracy(state.params), "steps": int(state.step)}
+
+    state, facts = run_stages(
+        plan,
+        workdir,
+        "parent",
+        (stage,),
+        lambda stage, _: train.language_objective(plan.cfg, stage),
+        ej.init_params(jax.random.key(plan.values["seed"]), plan.cfg),
+        enough=enough,
+        finish=finish,
+        allow_changes=allow_changes,
+    )
+    console.print(f"parent: {facts['accuracy']:.1%} exact after {facts['steps']} steps")
+    if facts["accuracy"] < values["accuracy_floor"]:
+        raise Failed(
+            f"the parent solves {facts['accuracy']:.1%} of its problems, less than "
+            f"parent.accuracy_floor {values['accuracy_floor']:.1%}: give it more steps "
+            "(parent.steps), or another seed"
+        )
+    cost = ej.cost(ej.param_specs(plan.cfg), plan.cfg)
+    return state.params, facts | {
+        "floor": values["accuracy_floor"],
+        "target": values["accuracy_target"],
+        "pattern": plan.cfg.pattern,
+        "total_params": cost.total_params,
+        "active_params": cost.active_params,
+    }
+
+
+def solve(params: Any, cfg: ej.ModelConfig, problems) -> list[bool]:
+    """Whether each problem is solved by generating from its prompt."""
+    tokens, lengths = prompts(problems)
+    longest = max(len(p.tokens) - len(p.prompt) for p in problems)
+    # A little more than the longest solution: a model may be wrong at length.
+    out = ej.generate(
+        params, tokens, cfg, max_new_tokens=longest + 4, lengths=lengths, stop_token=EOS
+    )
+    rows = zip(np.asarray(out.tokens), np.asarray(out.lengths), problems, strict=True)
+    return [score(row[:n], problem) for row, n, problem in rows]
+
+
+def calibration_batches(plan: Plan, rows: int) -> list[dict[str, Any]]:
+    """The first `rows` rows of the calibration split, in batches."""
+    task, size = plan.tasks["calibration"], plan.values["calibration"]["batch"]
+    examples = [task[i] for i in range(rows)]
+    return [
+        {k: np.stack([e[k] for e in examples[i : i + size]]) for k in examples[0]}
+        for i in range(0, rows, size)
+    ]
+
+
+def scores(plan: Plan, workdir: Workdir, params: Any):
+    """Importance of every width axis, and of whole blocks."""
+    batches = [
+        {
+            "tokens": batch["tokens"],
+            "segment_ids": batch["segment_ids"],
+            "valid": batch["segment_ids"] > 0,
+        }
+        for batch in calibration_batches(plan, plan.values["calibration"]["rows"])
+    ]
+    with bar("scores", len(batches)) as advance:
+        seen = iter(range(1, len(batches) + 1))
+        found = calibrate(
+            params,
+            batches,
+            plan.cfg,
+            path=workdir.path / "scores.npz",
+            provenance={"data": plan.tasks["calibration"].digest()},
+            on_batch=lambda _: advance(next(seen)),
+        )
+    depth = depth_importance(params, batches[:1], plan.cfg)
+    for block, experts in never_routed(plan.cfg, found).items():
+        console.print(f"block {block}: experts {experts} were never routed to")
+    return found, np.asarray(depth)
+
+
+def never_routed(cfg: ej.ModelConfig, found) -> dict[str, list[int]]:
+    """MoE block -> its experts that no calibration token reached, where there are."""
+    blocks = map(str, blocks_with(cfg.pattern, "experts"))
+    each = zip(blocks, found.never_routed, strict=True)
+    return {block: [int(e) for e in idle] for block, idle in each if len(idle)}
+
+
+def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
+    """KL of untrained slices on one axis at a time, in our order and in random ones."""
+    cfg, specs = plan.cfg, ej.param_specs(plan.cfg)
+    batches = calibration_batches(plan, plan.values["orders"]["rows"])
+    draws = plan.values["orders"]["random"]
+
+    def measure(ranks, counts) -> float:
+        moved = ej.permute_params(params, specs, ranks)
+        return train.divergence(params, moved, cfg, counts, batches)
+
+    cases = [(axis, "", found) for axis in found if axis != "experts"]
+    if "experts" in found:
+        metrics = ("reap", "mass", "frequency")
+        cases += [("experts", m, found.with_experts(m)) for m in metrics]
+    rows = []
+    with bar("orders", len(cases) + 1) as advance:
+        for i, (axis, variant, ours) in enumerate(cases, start=1):
+            full = getattr(cfg, axis)
+            kept = _middle(cfg, axis)
+            if kept is None:
+                continue
+            counts = ej.counts(cfg, **{axis: kept})
+            shuffled = (random_ranks(found, seed, axis) for seed in range(draws))
+            random = [measure(ranks, counts) for ranks in shuffled]
+            rows.append({
+                "axis": axis, "variant": variant, "kept": kept, "full": full,
+                "ours": measure(ej.rank({axis: ours[axis]}), counts), "random": random,
+            })
+            advance(i, axis)
+        kept = cfg.layers - 1
+        keep = lambda scores: ej.counts(
+            cfg, layers=ej.keep_layers(ej.rank({"layers": scores}), kept)
+        )
+        rng = np.random.default_rng(0)
+        rows.append({
+            "axis": "layers", "variant": "", "kept": kept, "full": cfg.layers,
+            "ours": measure({}, keep(depth)),
+            "random": [measure({}, keep(rng.random(cfg.layers))) for _ in range(draws)],
+        })
+        advance(len(cases) + 1)
+    return rows
+
+
+def random_ranks(scores: Mapping, seed: int, axis: str | None = None) -> dict[str, Any]:
+    """Random permutations in the shapes of `scores`, of one axis or of all."""
+    rng = np.random.default_rng([7, seed])
+    drawn = {
+        name: jax.tree.map(lambda s: jnp.asarray(rng.random(s.shape)), scores[name])
+        for name in scores
+        if axis in (None, name)
+    }
+    return ej.rank(drawn)
+
+
+def _middle(cfg: ej.ModelConfig, axis: str) -> int | None:
+    """About half of the axis, in its steps; None where there is nothing between."""
+    full, step = getattr(cfg, axis), AXES[axis].step
+    least = cfg.top_k if axis == "experts" else step
+    half = max(least, full // 2 // step * step)
+    return half if half < full else None
+
+
+def elastic_training(
+    plan: Plan,
+    workdir: Workdir,
+    name: str,
+    teacher: Any,
+    *,
+    counts: Mapping[str, ej.Counts] | None = None,
+    allow_changes: bool = False,
+) -> tuple[train.TrainState, dict[str, ej.Counts], train.Elastic]:
+    """Distils all budgets at once; learns their counts unless they are given."""
+    seed = plan.values["seed"]
+    router = make_router(plan.cfg, plan.elastic, len(plan.budgets))
+    elastic = train.Elastic(
+        cfg=plan.cfg,
+        teacher=teacher,
+        router=router,
+        budgets=plan.budgets,
+        seed=seed,
+        cache_specs=ej.cache_specs(plan.cfg),
+        hard_probability=plan.values["router"]["hard_probability"],
+    )
+    stages, learned = plan.stages, {}
+    if counts is None:
+        learned = router.init(
+            jax.random.key(seed), budget_input(0, len(plan.budgets))
+        )
+        if plan.values["router"]["fit_first"]:
+            learned = train.fit_router(
+                elastic, learned, steps=plan.values["router"]["fit_first"]
+            )
+    else:
+        stages = tuple(dataclasses.replace(s, router="frozen") for s in stages)
+    given = {} if counts is None else {n: dict(c) for n, c in counts.items()}
+
+    def settled(facts) -> dict[str, ej.Counts]:
+        return {
+            name: ej.counts(plan.cfg, **_tuples(kept))
+            for name, kept in (given or facts["counts"]).items()
+        }
+
+    def objective(stage, facts):
+        if stage.router == "train":
+            return train.masked_objective(elastic, stage)
+        return train.sliced_objective(elastic, stage, settled(facts))
+
+    def finish(stage, state, facts):
+        if stage.router == "train":
+            kept = train.settled_counts(elastic, state.router)
+            return {"counts": {name: dict(c) for name, c in kept.items()}}
+        return {}
+
+    def snapshot(stage, done, state, row):
+        step = int(state.step)
+        target = workdir.path / "snapshots" / f"{name}-{step}"
+        if step in SNAPSHOTS and not target.exists():
+            checkpoint.save_nested(target, state.params, plan.cfg, budgets={})
+
+    state, facts = run_stages(
+        plan, workdir, name, stages, objective, teacher, router=learned,
+        finish=finish, observe=snapshot, allow_changes=allow_changes,
+    )
+    return state, settled(facts), elastic
+
+
+def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
+    """KL of every budget at its final counts: at the snapshots and at the end."""
+    batches = calibration_batches(plan, plan.values["orders"]["rows"])
+    saved = {}
+    for step in SNAPSHOTS:
+        path = workdir.path / "snapshots" / f"{name}-{step}"
+        if path.exists():
+            saved[str(step)] = ej.open_nested(path).restore()[0]
+    saved["end"] = final
+    return {
+        budget: {
+            when: train.divergence(teacher, params, plan.cfg, kept, batches)
+            for when, params in saved.items()
+        }
+        for budget, kept in counts.items()
+    }
+
+
+def evaluate(plan: Plan, cfg: ej.ModelConfig, params: Any) -> dict[str, Any]:
+    """Exact answers of one model, over all problems and by number of steps."""
+    task, count = plan.tasks["evaluation"], plan.values["evaluation"]["problems"]
+    problems = task.problems(count, seed=plan.values["seed"])
+    right = solve(params, cfg, problems)
+    by_steps: dict[str, list[bool]] = {}
+    for problem, correct in zip(problems, right, strict=True):
+        by_steps.setdefault(str(problem.steps), []).append(correct)
+    return {
+        "accuracy": float(np.mean(right)),
+        "accuracy_by_steps": {k: float(np.mean(v)) for k, v in by_steps.items()},
+    }
+
+
+def _tuples(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {a: tuple(n) if isinstance(n, list) else n for a, n in kept.items()}

@@ -1,0 +1,286 @@
+"""From flags to a plan: everything wrong with a configuration, found together.
+
+A `ConfigDict` is read here and goes no further; what runs is a `Plan` of validated
+values.
+"""
+
+import ast
+import difflib
+import importlib.util
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import elastic_jax as ej
+from elastic_jax import budgets as budget_zone
+from elastic_jax.curriculum import Stage, check_stages
+from experiments.tasks import ReasoningTask
+
+CONTROLS = ("none", "one", "full")
+
+
+class InvalidConfig(ValueError):
+    """All problems of a command line and its configuration."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("invalid configuration:\n  " + "\n  ".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as validated values.
+
+    Attributes:
+      values: the whole configuration as plain values, to name the run by.
+      cfg: the parent.
+      elastic: axes the router chooses on, reduced to those that move a budget.
+      budgets: (name, Budget), the full model first.
+      feasible: lines about what the budgets allow, for the report.
+      parent_stage, stages: training stages.
+      tasks: stage name -> its data; "parent", "calibration" and "evaluation" too.
+    """
+
+    values: dict[str, Any]
+    cfg: ej.ModelConfig
+    elastic: ej.ElasticConfig
+    budgets: tuple[tuple[str, ej.Budget], ...]
+    feasible: tuple[str, ...]
+    parent_stage: Stage
+    stages: tuple[Stage, ...]
+    tasks: dict[str, ReasoningTask]
+
+
+def plan(config: ConfigDict) -> Plan:
+    """Validates a configuration.
+
+    Raises:
+      InvalidConfig: with every problem.
+    """
+    return _planned(config, [])
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Checks `--config`, every `--config.x=y` and the plan that they make.
+
+    Raises:
+      InvalidConfig: unknown names (with a suggestion), values of the wrong type, a
+        missing file, and all that `plan` finds, together.
+    """
+    problems, flags = [], {}
+    known = ("config", "workdir", "allow_changes")
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("--") or not (equals or name == "allow_changes"):
+            problems.append(f"{argument!r}: write flags as --name=value")
+        elif name not in known and not name.startswith("config."):
+            problems.append(f"unknown flag --{name}{_did_you_mean(name, known)}")
+        else:
+            flags[name] = value
+    for name in ("config", "workdir"):
+        if name not in flags:
+            problems.append(f"missing flag --{name}=...")
+    config = _load(flags.get("config"), problems)
+    if config is None:
+        raise InvalidConfig(problems)
+    for name, text in flags.items():
+        if name.startswith("config."):
+            problems += _override(config, name.removeprefix("config."), text)
+    _planned(config, problems)
+
+
+def _planned(config: ConfigDict, problems: list[str]) -> Plan:
+    values = config.to_dict()
+    smoke = values.pop("when_smoke")
+    if values["smoke"]:
+        problems += _lay_over(values, smoke)
+    attempt = _Attempt(problems)
+
+    cfg = attempt(lambda: ej.ModelConfig(**values["model"]))
+    groups = dict(values["stages"])
+    names = groups.pop("names")
+    if unknown := sorted(set(names) - set(groups)):
+        problems.append(f"stages.names: no group for {unknown}, have {sorted(groups)}")
+    staged = {name: groups[name] for name in names if name in groups}
+    parent_stage = attempt(lambda: _stage("parent", values["parent"]))
+    stages = [attempt(lambda n=n, g=g: _stage(n, g)) for n, g in staged.items()]
+    elastic = attempt(lambda: _elastic(values["elastic"]))
+    budgets = attempt(lambda: _budgets(values["budgets"]))
+    if None not in stages and budgets is not None:
+        attempt(lambda: check_stages(stages, len(budgets)))
+        if stages and stages[0].router != "train":
+            problems.append(f"stages: the first, {names[0]!r}, must train the router")
+    feasible = None
+    if None not in (cfg, elastic, budgets):
+        specs = ej.param_specs(cfg)
+        feasible = attempt(
+            lambda: budget_zone.feasible(
+                elastic, specs, cfg, budgets, cache_specs=ej.cache_specs(cfg)
+            )
+        )
+    sources = {
+        "parent": (values["parent"], "train"),
+        "calibration": (values["parent"], "calibration"),
+        "evaluation": (values["evaluation"], "evaluation"),
+        **{name: (group, "train") for name, group in staged.items()},
+    }
+    tasks = {
+        name: attempt(lambda g=group, s=split: _task(values, g, s))
+        for name, (group, split) in sources.items()
+    }
+    problems += _odd_values(values, cfg, tasks)
+    if problems:
+        raise InvalidConfig(problems)
+    return Plan(
+        values=values,
+        cfg=cfg,
+        elastic=feasible[0],
+        budgets=budgets,
+        feasible=feasible[1],
+        parent_stage=parent_stage,
+        stages=tuple(stages),
+        tasks=tasks,
+    )
+
+
+class _Attempt:
+    """Calls a constructor; its ValueError joins the problems."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+
+    def __call__(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (ValueError, TypeError) as error:
+            self.problems.append(str(error))
+            return None
+
+
+def _stage(name: str, group: dict[str, Any]) -> Stage:
+    fields = {f: v for f, v in group.items() if f in Stage.__dataclass_fields__}
+    return Stage(name=name, **fields | {"sampling": group["sampling"] or None})
+
+
+def _elastic(group: dict[str, Any]) -> ej.ElasticConfig:
+    choices = {axis: tuple(n) for axis, n in group.items() if axis != "per_layer"}
+    return ej.ElasticConfig(
+        tuple((axis, n) for axis, n in choices.items() if n), tuple(group["per_layer"])
+    )
+
+
+def _budgets(group: dict[str, Any]) -> tuple[tuple[str, ej.Budget], ...]:
+    names, targets = group["names"], group["targets"]
+    if len(names) != len(targets) or not names:
+        raise ValueError(f"budgets: {len(names)} names for {len(targets)} targets")
+    return tuple(
+        (name, ej.parse_budget(target, kind=group["kind"]))
+        for name, target in zip(names, targets, strict=True)
+    )
+
+
+def _task(values: dict[str, Any], group: dict[str, Any], split: str) -> ReasoningTask:
+    return ReasoningTask(
+        min_steps=group["min_steps"],
+        max_steps=group["max_steps"],
+        context=group["context"],
+        modulus=values["modulus"],
+        seed=values["seed"],
+        split=split,
+    )
+
+
+def _odd_values(values, cfg, tasks) -> Iterator[str]:
+    """What no constructor checks."""
+    if values["controls"] not in CONTROLS:
+        yield f"controls: expected one of {CONTROLS}, got {values['controls']!r}"
+    if values["on_nonfinite"] not in ("stop", "skip"):
+        yield f"on_nonfinite: expected 'stop' or 'skip', got {values['on_nonfinite']!r}"
+    positive = {
+        "save_every": values["save_every"],
+        "log_every": values["log_every"],
+        "parent.check_every": values["parent"]["check_every"],
+        "evaluation.problems": values["evaluation"]["problems"],
+        "calibration.batch": values["calibration"]["batch"],
+    }
+    for name, n in positive.items():
+        if n < 1:
+            yield f"{name}: expected at least 1, got {n}"
+    if values["calibration"]["rows"] % max(1, values["calibration"]["batch"]):
+        yield "calibration.rows: expected a multiple of calibration.batch"
+    for name in ("accuracy_target", "accuracy_floor"):
+        share = values["parent"][name]
+        if not 0 <= share <= 1 or not math.isfinite(share):
+            yield f"parent.{name}: expected a share in 0..1, got {share}"
+    task = tasks["parent"]
+    if cfg is not None and task is not None and cfg.vocab < len(task.vocabulary):
+        yield f"model.vocab {cfg.vocab}: the task needs {len(task.vocabulary)} tokens"
+
+
+def _load(path: str | None, problems: list[str]) -> ConfigDict | None:
+    if path is None:
+        return None
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(
+            file.name, [p.name for p in file.parent.glob("*.py")], n=1
+        )
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        problems.append(f"--config={path}: no such file{hint}")
+        return None
+    spec = importlib.util.spec_from_file_location("experiment_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _override(config: ConfigDict, name: str, text: str) -> Iterator[str]:
+    """Sets one dotted field from text, as the flags will; yields what is wrong."""
+    *groups, field = name.split(".")
+    here = config
+    for depth, group in enumerate([*groups, field]):
+        if not isinstance(here, ConfigDict) or group not in here:
+            known = list(here) if isinstance(here, ConfigDict) else []
+            yield f"unknown --config.{name}{_did_you_mean(group, known)}"
+            return
+        if depth < len(groups):
+            here = here[group]
+    old = here[field]
+    try:
+        here[field] = _parsed(old, text)
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        yield (
+            f"--config.{name}={text}: expected {type(old).__name__}, "
+            f"such as {old!r}"
+        )
+
+
+def _parsed(old: Any, text: str) -> Any:
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(old, (int, float)):
+        return type(old)(text)
+    value = ast.literal_eval(text)
+    return value if isinstance(value, type(old)) else (value,)
+
+
+def _lay_over(values: dict[str, Any], changes: dict[str, Any], at="") -> Iterator[str]:
+    """Replaces fields of nested `values` in place; yields names that do not exist."""
+    for name, change in changes.items():
+        if name not in values:
+            yield f"when_smoke.{at}{name}: no such field{_did_you_mean(name, values)}"
+        elif isinstance(change, dict):
+            yield from _lay_over(values[name], change, f"{at}{name}.")
+        else:
+            values[name] = change
+
+
+def _did_you_mean(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}"
