@@ -6,8 +6,8 @@
       .lock               held by the process that writes
 
 There are two kinds: `nested` (parameters in importance order, configuration, budgets,
-router, scores, provenance) and `train` (the state of a run at a step, in a directory
-per step). `manifest.json` is an object with these members:
+router, scores, provenance) and `train` (the state of a run, `step_00000100/` in its
+working directory, whose `.lock` the run holds). The members of `manifest.json`:
 
     sha256    of the other members, as compact JSON with sorted keys
     format    "elastic_jax"; version 1; kind "nested" or "train"
@@ -19,7 +19,7 @@ per step). `manifest.json` is an object with these members:
 An array's name is its path: `params.layers.3.up`. It is stored in chunks of one
 shape, each compressed and followed by its CRC-32C. The B-tree that finds chunks
 carries checksums of its own, and the manifest stands in for all other metadata: so
-nothing is read that is not verified. (Stock Orbax reads the folder too.) Chunks are
+nothing is read that is not verified. Stock Orbax reads the folder too. Chunks are
 small, because a prefix reads up to one chunk past its end on every dimension.
 
 Room for quantized values: a parameter may become several arrays, one step deeper
@@ -346,7 +346,7 @@ class TrainCheckpoints:
           OSError: the disk is full or failed; earlier steps are intact.
         """
         target = self._at(step)
-        if target.exists():
+        if (target / MANIFEST).exists():
             raise ValueError(f"step {step} is saved already: {target}")
         leaves = flat(state, "state")
         scalars = {name: leaf for name, leaf in leaves.items() if is_scalar(leaf)}
@@ -361,7 +361,7 @@ class TrainCheckpoints:
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
             "run": record,
         }
-        target.mkdir()
+        target.mkdir(exist_ok=True)  # writes of a failed save may end after it
         try:
             _write(target, "train", arrays, content)
         except BaseException:

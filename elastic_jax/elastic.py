@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from elastic_jax.axes import Counts, ParamSpecs
-from elastic_jax.budgets import Budgets, accept
+from elastic_jax.budgets import ZONE, Budgets, accept
 from elastic_jax.config import ModelConfig
 from elastic_jax.model import param_specs
 from elastic_jax.router import (
@@ -39,6 +39,10 @@ class Elastic:
       depth_ranks: blocks best first, needed where `layers` is elastic.
       hard_probability: share of micro-batches that see a straight-through hard
         sample instead of the soft masks.
+      dead_zone: how far a cost may miss its target without a loss. Half of the zone
+        in which counts are accepted: a mixture of counts may rest at the edge of a
+        zone while the most probable ones lie outside. With the whole zone, as in
+        arXiv 2511.16664, 6 of 32 routers of a toy missed it; with half, 1.
       mesh: devices, where there are several.
     """
 
@@ -51,6 +55,7 @@ class Elastic:
     cache_specs: Any = None
     depth_ranks: Sequence[int] | None = None
     hard_probability: float = 0.0
+    dead_zone: float = ZONE / 2
     mesh: Any = None
 
     def __post_init__(self):

@@ -10,24 +10,22 @@ wrong, 75 stopped on request after saving, 1 anything else.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import math
-import os
-import pathlib
 import signal
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
-from elastic_jax.budgets import ZONE
 from elastic_jax.checkpoint import TrainCheckpoints
 from elastic_jax.curriculum import Stage
 from elastic_jax.data import Batches
+from elastic_jax.manifest import plain
+from elastic_jax.metrics import Alarms, MetricLog
 from elastic_jax.train import Objective, TrainState, update
 
 EXIT_STOPPED = 75
@@ -57,7 +55,7 @@ class Run:
       save_every: steps between saves.
       log_every: steps between rows of metrics.
       on_nonfinite: `"stop"`, or `"skip"` to drop the step's update and go on.
-      metrics: receives (step, row); `MetricLog.write`, for instance.
+      metrics: where rows of metrics go; None keeps none.
       observe: called with (stage, steps done in it, state, row) after every step.
       enough: (stage, steps done in it, state) -> whether the stage may end early. It
         must be a function of its arguments, or a resumed run is not the same run.
@@ -73,15 +71,33 @@ class Run:
     save_every: int = 100
     log_every: int = 10
     on_nonfinite: str = "stop"
-    metrics: Any = None
+    metrics: MetricLog | None = None
     observe: Callable[[Stage, int, TrainState, Mapping], None] = lambda *_: None
     enough: Callable[[Stage, int, TrainState], bool] = lambda *_: False
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected at least 1, got {getattr(self, name)}"
+            for name in ("save_every", "log_every")
+            if getattr(self, name) < 1
+        ]
+        if self.on_nonfinite not in ("stop", "skip"):
+            problems.append(
+                f"on_nonfinite: expected 'stop' or 'skip', got {self.on_nonfinite!r}"
+            )
+        if problems:
+            raise ValueError("invalid Run:\n  " + "\n  ".join(problems))
 
 
 def fit(
     run: Run, state: TrainState, *, allow_changes: bool = False
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains through all stages, from the last complete save if there is one.
+
+    Args:
+      state: where a run without a save starts; a step donates it.
+      allow_changes: continue a save of another run. Other data goes on behind the
+        number of examples that were seen.
 
     Returns:
       the final state, and the facts that the stages learned.
@@ -93,22 +109,20 @@ def fit(
     """
     state, record = resume(run, state, allow_changes=allow_changes)
     facts = dict(record["facts"])
-    if run.metrics is not None:
-        run.metrics.forget_after(int(state.step))
-    with _stop_on_request() as stop:
-        for number in range(record["stage"], len(run.stages)):
-            stage, batches = run.stages[number], run.batches(run.stages[number])
-            start, data = int(state.step), None
-            if number == record["stage"]:
-                start, data = record["start"], record["data"]
-            if data is not None:
-                batches.set_state(data)
-            here = {"stage": number, "start": start}
-            state = _stage(run, stage, state, batches, facts, stop, here)
-            facts |= run.finish(stage, state, facts)
-            batches.close()
-            after = {"stage": number + 1, "start": int(state.step)}
-            _save(run, state, facts, None, after)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_request())
+        if run.metrics is not None:
+            stack.enter_context(contextlib.closing(run.metrics))
+            run.metrics.forget_after(int(state.step))
+        here, data = {k: record[k] for k in ("stage", "start")}, record["data"]
+        for number, stage in list(enumerate(run.stages))[record["stage"] :]:
+            with contextlib.closing(run.batches(stage)) as batches:
+                if data is not None:
+                    _continue(batches, data, allow_changes)
+                state = _stage(run, stage, state, batches, facts, stop, here)
+            facts |= plain(run.finish(stage, state, facts), "facts")
+            here, data = {"stage": number + 1, "start": int(state.step)}, None
+            _save(run, state, facts, data, here)
             if stop:
                 raise StopRequested(f"stopped after stage {stage.name!r}")
     return state, facts
@@ -123,7 +137,7 @@ def resume(
         return state, fresh
     step = run.checkpoints.latest_step()
     record = run.checkpoints.record(step)
-    changed = differences(record["identity"], run.identity)
+    changed = differences(record["identity"], plain(run.identity, "identity"))
     if changed and not allow_changes:
         raise ValueError(
             "the saved run is another one:\n  "
@@ -133,39 +147,44 @@ def resume(
     return run.checkpoints.restore(step, state), record
 
 
+def _continue(batches: Batches, data: Mapping[str, Any], allow_changes: bool) -> None:
+    """Sets `batches` to where the saved ones were."""
+    if allow_changes:
+        here, seen = batches.get_state(), data["position"] * data["batch"]
+        data = here | {"position": seen // here["batch"]}
+    batches.set_state(data)
+
+
 def _stage(run, stage, state, batches, facts, stop, here):
     """All remaining steps of one stage."""
-    objective = run.objective(stage, facts)
-    alarms, start = Alarms(), here["start"]
+    objective, start = run.objective(stage, facts), here["start"]
+    before = [] if run.metrics is None else run.metrics.rows()
+    alarms = Alarms(row for row in before if row["step"] >= start)
     over = int(state.step) - start >= stage.total_steps
     while not over:
-        done = int(state.step) - start
-        batch, before = next(batches), int(state.step)
+        step = int(state.step)
+        batch, done = next(batches), step - start
         gradients, losses = objective.gradients(state, batch, done)
         row = _summary(losses)
-        finite = math.isfinite(row["loss"])
-        if not finite:
-            _refuse_step(run, before, stage, batch, losses, "loss")
-        rates = learning_rates(stage, done)
+        rates, finite = learning_rates(stage, done), math.isfinite(row["loss"])
         state, norms = update(run.optimizer, state, gradients, rates, finite)
         row |= {name: float(norm) for name, norm in norms.items()}
-        if finite and not all(math.isfinite(row[name]) for name in norms):
-            finite = False
-            _refuse_step(run, before, stage, batch, losses, "gradient norm")
-        done = int(state.step) - start
+        odd = [name for name in ("loss", *norms) if not math.isfinite(row[name])]
+        if odd:
+            _refuse_step(run, step, stage, batch, losses, odd[0])
+            row["alarm/nonfinite"] = 1
+        step, done = step + 1, done + 1
         if done % run.log_every == 0 or done == stage.total_steps:
             row |= objective.health(state, done - 1)
-        if not finite:
-            row["alarm/nonfinite"] = 1
         row |= alarms.check(row, stage, done)
         if run.metrics is not None:
-            run.metrics.write(before, {"stage": stage.name, **rates, **row})
+            run.metrics.write(step - 1, {"stage": stage.name, **rates, **row})
         run.observe(stage, done, state, row)
         over = done == stage.total_steps or run.enough(stage, done, state)
-        if not over and (stop or (before + 1) % run.save_every == 0):
+        if not over and (stop or step % run.save_every == 0):
             _save(run, state, facts, batches.get_state(), here)
-        if not over and stop:
-            raise StopRequested(f"stopped at step {int(state.step)}")
+            if stop:
+                raise StopRequested(f"stopped at step {step}")
     return state
 
 
@@ -202,94 +221,28 @@ def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
 
 
 def software() -> dict[str, Any]:
-    """What bit equality is promised per: library version and devices."""
+    """What bit equality is promised per: versions and devices."""
     device = jax.devices()[0]
+    try:
+        version = importlib.metadata.version("elastic_jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
     return {
+        "elastic_jax": version,
         "jax": jax.__version__,
         "device": device.device_kind,
         "devices": jax.device_count(),
     }
 
 
-class Alarms:
-    """Watches a stage for the faults that do not stop it.
-
-    An alarm is a row entry `alarm/<cause>` and is reported with what to do.
-    """
-
-    ADVICE = {
-        "loss_spike": "the loss is 3 times its recent median: lower learning_rate",
-        "router_collapse": "an axis settled in the first third of the stage: raise "
-        "budget_loss_weight, or lower router_learning_rate",
-        "budget_missed": "a budget is outside its zone in the last third of the stage: "
-        "raise budget_loss_weight, or offer finer choices",
-    }
-    WINDOW = 50
-
-    def __init__(self):
-        self.recent: list[float] = []
-
-    def check(self, row: Mapping[str, Any], stage: Stage, done: int) -> dict[str, int]:
-        """The alarms of one row of metrics, as {"alarm/<cause>": 1}."""
-        raised = []
-        full = len(self.recent) >= self.WINDOW // 2
-        if full and row["loss"] > 3 * statistics.median(self.recent):
-            raised.append("loss_spike")
-        self.recent = [*self.recent, row["loss"]][-self.WINDOW :]
-        third = stage.total_steps / 3
-        if stage.router == "train" and "certainty" in row:
-            if done < third and row["certainty"] > 0.999:
-                raised.append("router_collapse")
-            ratios = [v for k, v in row.items() if k.endswith("/cost_over_target")]
-            if done > 2 * third and any(abs(ratio - 1) > ZONE for ratio in ratios):
-                raised.append("budget_missed")
-        return {f"alarm/{cause}": 1 for cause in raised}
-
-
-class MetricLog:
-    """Metrics as JSON lines and as TensorBoard event files, one row per step."""
-
-    def __init__(self, directory: str | os.PathLike):
-        self.path = pathlib.Path(directory) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._events = SummaryWriter(str(directory))
-
-    def forget_after(self, step: int) -> None:
-        """Drops rows of steps that a resumed run will do again."""
-        kept = [row for row in self.rows() if row["step"] < step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(text)
-        beside.replace(self.path)
-
-    def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Appends one row; numbers also go to TensorBoard."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, step)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All complete rows; a row cut short by a kill is not one."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def close(self) -> None:
-        self._events.close()
-
-
 @contextlib.contextmanager
 def _stop_on_request():
-    """A list that is no longer empty once SIGTERM came; a second one exits at once."""
+    """A list that is no longer empty once SIGTERM came; a second one kills at once."""
     requests: list[int] = []
 
     def handle(number, frame):
-        if requests:
-            os._exit(1)
         requests.append(number)
+        signal.signal(number, signal.SIG_DFL)  # works also inside a long computation
 
     try:
         previous = signal.signal(signal.SIGTERM, handle)
@@ -303,9 +256,11 @@ def _stop_on_request():
 
 
 def _save(run, state, facts, data, at):
-    if run.checkpoints is not None:
+    step = int(state.step)
+    # A stage that allowed changes made shorter may be over where it was saved.
+    if run.checkpoints is not None and step not in run.checkpoints.steps():
         record = {"identity": dict(run.identity), "facts": dict(facts), "data": data}
-        run.checkpoints.save(int(state.step), state, record | at)
+        run.checkpoints.save(step, state, record | at)
 
 
 def _summary(losses) -> dict[str, float]:
@@ -317,22 +272,25 @@ def _summary(losses) -> dict[str, float]:
 
 
 def _refuse_step(run, step, stage, batch, losses, what):
-    """Writes down what went wrong; stops unless the run skips such steps."""
+    """Writes down a step that was not taken; stops unless the run skips such steps."""
+    index, size = np.asarray(batch["index"]), stage.micro_batch
+    bad = [i for i, (_, loss) in enumerate(losses) if not math.isfinite(loss)]
+    suspects = bad or range(len(losses))  # the gradients of any may be the cause
     report = {
         "step": step,
         "stage": stage.name,
         "what": what,
-        "losses": [[name, repr(float(loss))] for name, loss in losses],
-        "examples": np.asarray(batch["index"]).tolist(),
+        "budgets": sorted({losses[i][0] for i in suspects}),
+        "examples": [n for i in suspects for n in index[i * size :][:size].tolist()],
+        "losses": [[name, repr(loss)] for name, loss in losses],
     }
     if run.metrics is not None:
-        path = run.metrics.path.with_name(f"nonfinite_{report['step']}.json")
+        path = run.metrics.path.with_name(f"nonfinite_{step}.json")
         path.write_text(json.dumps(report, indent=2) + "\n")
     if run.on_nonfinite == "stop":
-        budgets = sorted({n for n, v in losses if not math.isfinite(v)})
         raise NonFinite(
-            f"{what} is not finite at step {report['step']} of stage {stage.name!r}, "
-            f"budgets {budgets or 'unknown'}, examples {report['examples']}; no update "
-            "was made, and a rerun continues from the last save. Look at the examples, "
-            "lower the learning rate, or set on_nonfinite to 'skip'"
+            f"{what} is not finite at step {step} of stage {stage.name!r}, budgets "
+            f"{report['budgets']}, examples {report['examples']}; no update was made, "
+            "and a rerun continues from the last save. Look at the examples, lower the "
+            "learning rate, or set on_nonfinite to 'skip'"
         )

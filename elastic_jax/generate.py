@@ -99,6 +99,12 @@ def _decode(params, prompts, lengths, masks, cfg, max_new_tokens, stop_token):
 
 
 def _problems(prompts, lengths, cfg, max_new_tokens, stop_token):
+    if not _is_int(max_new_tokens) or max_new_tokens < 1:
+        yield f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}"
+    if stop_token is not None and not _is_int(stop_token):
+        yield f"stop_token must be an int or None, got {stop_token!r}"
+    elif stop_token is not None and not 0 <= stop_token < cfg.vocab:
+        yield f"stop_token {stop_token} is outside the vocabulary of {cfg.vocab}"
     if prompts.ndim != 2 or not np.issubdtype(prompts.dtype, np.integer):
         yield f"prompts must be integers [b, t], got {prompts.dtype} {prompts.shape}"
         return
@@ -106,8 +112,11 @@ def _problems(prompts, lengths, cfg, max_new_tokens, stop_token):
     if not rows or not time:
         yield f"prompts are empty: shape {prompts.shape}"
         return
-    if lengths.shape != (rows,):
-        yield f"lengths: expected shape {(rows,)}, got {lengths.shape}"
+    if lengths.shape != (rows,) or not np.issubdtype(lengths.dtype, np.integer):
+        yield (
+            f"lengths: expected integers of shape {(rows,)}, got {lengths.dtype} "
+            f"{lengths.shape}"
+        )
         return
     for row in np.flatnonzero((lengths < 1) | (lengths > time)):
         yield f"row {row}: length {lengths[row]} is not in 1..{time}"
@@ -116,7 +125,7 @@ def _problems(prompts, lengths, cfg, max_new_tokens, stop_token):
     for row in np.flatnonzero(outside.any(axis=1)):
         bad = prompts[row][outside[row]][0]
         yield f"row {row}: token {bad} is outside the vocabulary of {cfg.vocab}"
-    if max_new_tokens < 1:
-        yield f"max_new_tokens must be at least 1, got {max_new_tokens}"
-    if stop_token is not None and not 0 <= stop_token < cfg.vocab:
-        yield f"stop_token {stop_token} is outside the vocabulary of {cfg.vocab}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -196,7 +196,10 @@ def _stack(params, tokens, cfg, masks, context, *, cache=None, tap=None, remat=F
     model_masks = {"embed": whole["embed"]} if whole.get("embed") is not None else {}
     depth = whole.get("layers")
 
-    x = jnp.take(params["embedding"], tokens, axis=0, mode="fill")
+    # Negative tokens are outside the vocabulary too: they must not count from its end.
+    x = params["embedding"].at[tokens].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
     x = elastic(x, model_masks, "embed", dim=-1)
     caches = []
     for i, kind in enumerate(cfg.pattern):

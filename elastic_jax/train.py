@@ -137,7 +137,7 @@ def update(
       the new state and the gradient norms, `norm/params` and `norm/router`.
     """
     trained = _trained(state)
-    norms = {f"norm/{k}": optax.global_norm(v) for k, v in gradients.items()}
+    norms = {f"norm/{k}": optax.tree.norm(v) for k, v in gradients.items()}
     good = jnp.asarray(accept)
     for norm in norms.values():
         good &= jnp.isfinite(norm)
@@ -235,7 +235,10 @@ def _masked_loss(
     )
     hidden = _hidden(params, rows, elastic.cfg, masks)
     kl = _divergence(hidden, params, rows, teacher, elastic.cfg, elastic.chunk)
-    missed = budget_loss(pi, masks, budget, budgets=elastic.budgets, **elastic.costing)
+    missed = budget_loss(
+        pi, masks, budget, budgets=elastic.budgets, zone=elastic.dead_zone,
+        **elastic.costing,
+    )
     return kl + budget_loss_weight * missed, kl
 
 
@@ -406,7 +409,8 @@ def fit_router(
                 pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks
             )
             total += budget_loss(
-                pi, masks, budget, budgets=elastic.budgets, **elastic.costing
+                pi, masks, budget, budgets=elastic.budgets, zone=elastic.dead_zone,
+                **elastic.costing,
             )
         return total
 

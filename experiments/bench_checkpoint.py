@@ -9,7 +9,17 @@ parent's parameters, times the bytes on disk. The cost of verifying is the diffe
 to the same checkpoint stored without checksums, restored in turn, in CPU seconds,
 which other processes disturb least.
 
-RESULTS
+2 cores of an AMD EPYC shared with other work, files in the page cache, JAX 0.10.2,
+2026-11-22, 3 minutes with --repeats=15:
+
+    submodel                                    share MB   read MB   read / share
+    30B                                            269.2     269.1          1.000
+    23B  embed=2016                                201.9     202.7          1.004
+    12B  expert_ffn=960 embed=1920                 149.4     156.3          1.046
+    six random counts on eight axes               92-172   103-185    1.015-1.117
+
+    verifying: 8.7% of restoring 30B (1.28 s), 6.9% of 12B (0.61 s). TensorStore's
+    wheel computed the CRC-32C from tables here, at about 3 GB/s.
 """
 
 import argparse
@@ -59,7 +69,7 @@ def unplanned(cfg: ej.ModelConfig, number: int) -> dict[str, dict[str, int]]:
     draw, found = np.random.default_rng(0), {}
     for i in range(number):
         kept = {}
-        for name in set(AXES) - {"ffn", "layers"}:
+        for name in (axis for axis in AXES if axis not in ("ffn", "layers")):
             full, step = getattr(cfg, name), AXES[name].step
             low = max(full // 2, cfg.top_k if name == "experts" else step)
             options = np.arange(-(-low // step) * step, full + 1, step)

@@ -99,14 +99,14 @@ def run_stages(
     *,
     router: Any = None,
     allow_changes: bool = False,
-    metrics: bool = True,
+    weight_decay: float = 0.0,
     **hooks: Any,
 ) -> tuple[train.TrainState, dict[str, Any]]:
     """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short."""
     folder = workdir.path / name
-    optimizer = train.optimizer(ej.param_specs(plan.cfg))
+    optimizer = train.optimizer(ej.param_specs(plan.cfg), weight_decay=weight_decay)
     state = train.init_state(params, optimizer, router)
-    log = fit.MetricLog(folder / "metrics") if metrics else None
+    log = fit.MetricLog(folder / "metrics")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.TrainCheckpoints(folder))
         bars: dict[str, Any] = {}
@@ -191,6 +191,7 @@ def parent(
         (stage,),
         lambda stage, _: train.language_objective(plan.cfg, stage),
         ej.init_params(jax.random.key(plan.values["seed"]), plan.cfg),
+        weight_decay=values["weight_decay"],
         enough=enough,
         finish=finish,
         allow_changes=allow_changes,
@@ -277,8 +278,9 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
         moved = ej.permute_params(params, specs, ranks)
         return train.divergence(params, moved, cfg, counts, batches)
 
-    cases = [(axis, "", found) for axis in found if axis != "experts"]
-    if "experts" in found:
+    asked = plan.values["orders"]["axes"] or AXES
+    cases = [(axis, "", found) for axis in found if axis in asked and axis != "experts"]
+    if "experts" in found and "experts" in asked:
         metrics = ("reap", "mass", "frequency")
         cases += [("experts", m, found.with_experts(m)) for m in metrics]
     rows = []
@@ -296,6 +298,8 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
                 "ours": measure(ej.rank({axis: ours[axis]}), counts), "random": random,
             })
             advance(i, axis)
+        if "layers" not in asked:
+            return rows
         kept = cfg.layers - 1
         keep = lambda scores: ej.counts(
             cfg, layers=ej.keep_layers(ej.rank({"layers": scores}), kept)
@@ -350,17 +354,13 @@ def elastic_training(
         cache_specs=ej.cache_specs(plan.cfg),
         hard_probability=plan.values["router"]["hard_probability"],
     )
-    stages, learned = plan.stages, {}
-    if counts is None:
-        learned = router.init(
-            jax.random.key(seed), budget_input(0, len(plan.budgets))
-        )
-        if plan.values["router"]["fit_first"]:
-            learned = train.fit_router(
-                elastic, learned, steps=plan.values["router"]["fit_first"]
-            )
-    else:
+    stages = plan.stages
+    learned = router.init(jax.random.key(seed), budget_input(0, len(plan.budgets)))
+    first = plan.values["router"]["fit_first"]
+    if counts is not None:
         stages = tuple(dataclasses.replace(s, router="frozen") for s in stages)
+    elif first:
+        learned = train.fit_router(elastic, learned, steps=first)
     given = {} if counts is None else {n: dict(c) for n, c in counts.items()}
 
     def settled(facts) -> dict[str, ej.Counts]:

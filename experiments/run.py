@@ -12,6 +12,10 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
+if "--config.smoke=True" in sys.argv:  # it compiles far longer than it computes
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    )
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
@@ -46,7 +50,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     if done is not None:
         changed = fit.differences(done["identity"], name)
         if not changed:
-            report.write_report(workdir.path, done)
+            _report(workdir, done)
             console.print(f"complete: {workdir.path / 'report.md'}")
             return
         if not allow and any(not line.startswith("controls") for line in changed):
@@ -140,8 +144,13 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     }
     results["alarms"] = _alarms(results["metrics"])
     workdir.write("results.json", results)
-    report.write_report(workdir.path, results)
+    _report(workdir, results)
     console.print(f"done: {workdir.path / 'report.md'}")
+
+
+def _report(workdir, results) -> None:
+    shown = {name: value for name, value in results.items() if name != "identity"}
+    report.write_report(workdir.path, shown)
 
 
 def _evaluated(plan, path, counts, nested) -> list[dict]:

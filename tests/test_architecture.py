@@ -20,7 +20,7 @@ FLOORS = (
         "budgets", "router", "distill", "scores", "fold", "importance", "curriculum",
         "data", "manifest", "checkpoint", "tables", "findings",
     ),
-    ("elastic", "train", "fit", "generate", "report"),
+    ("elastic", "train", "metrics", "fit", "generate", "report"),
     ("__main__",),
 )
 ALONE = {"layers.attention", "layers.mlp", "layers.moe", "generate", "report"}
@@ -31,7 +31,7 @@ DOORS = {
     "orbax": {"checkpoint"},
     "tensorstore": {"checkpoint"},
     "grain": {"data"},
-    "tensorboardX": {"fit"},
+    "tensorboardX": {"metrics"},
     "matplotlib": {"report"},
     "rich": {"__main__"},
     "torch": set(),

@@ -12,6 +12,7 @@ def get_config():
     config = base.get_config()
     config.when_smoke.update(
         {
+            "model": {"pattern": "ME*"},
             "save_every": 4,
             "log_every": 2,
             "parent": {
@@ -23,11 +24,17 @@ def get_config():
                 "check_every": 6,
             },
             "calibration": {"rows": 16, "batch": 8},
-            "orders": {"random": 1, "rows": 8},
+            "orders": {"axes": ("expert_ffn",), "random": 1, "rows": 8},
             "router": {"fit_first": 300},
             "stages": {
                 "short": {"steps": 6, "batch": 8, "micro_batch": 4, "warmup_steps": 2},
-                "long": {"steps": 4, "batch": 8, "micro_batch": 4, "warmup_steps": 2},
+                "long": {
+                    "steps": 4,
+                    "context": 96,
+                    "batch": 8,
+                    "micro_batch": 4,
+                    "warmup_steps": 2,
+                },
             },
             "evaluation": {"problems": 16},
         }

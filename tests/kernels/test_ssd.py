@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from elastic_kernels.ssd import cases, xla
 from elastic_kernels.ssd.api import ssd
 

@@ -24,7 +24,6 @@ class Case:
 
 
 TESTED = {
-    "one_token": Case(b=2, t=1, k=2, q=3, h=4),
     "one_block": Case(b=2, t=17, k=1, q=2, h=5),
     "uneven_blocks": Case(b=2, t=131, k=2, q=2, h=4),
     "documents": Case(b=2, t=150, k=2, q=1, h=4, documents=True),

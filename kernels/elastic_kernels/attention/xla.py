@@ -67,10 +67,12 @@ def _forward(q, k, v, segment_ids, offset):
         start = jnp.zeros_like(q_i, _wide(q)), top, jnp.zeros_like(top)
         y, top, total = jax.lax.fori_loop(0, seen(i), tile, start)
         total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-        return None, ((y / total).astype(q.dtype), top + jnp.log(total))
+        # y stays wide: the backward pass subtracts dy . y from numbers close to it.
+        return None, (y / total, top + jnp.log(total))
 
     _, (y, lse) = jax.lax.scan(query_block, None, (jnp.arange(len(rows)), rows))
-    return _from_row_blocks(y, q.shape), (q, k, v, segment_ids, offset, y, lse)
+    saved = q, k, v, segment_ids, offset, y, lse
+    return _from_row_blocks(y.astype(q.dtype), q.shape), saved
 
 
 def _backward(saved, dy):
@@ -80,7 +82,7 @@ def _backward(saved, dy):
     visible, seen = _sight(q.shape[1], k.shape[1], segment_ids, offset)
     scale = q.shape[-1] ** -0.5
     dy = _row_blocks(dy, i_size)
-    mean = jnp.sum(dy * y, axis=-1, keepdims=True, dtype=_wide(q))
+    mean = jnp.sum(dy * y, axis=-1, keepdims=True)
 
     def query_block(carry, block):
         i, q_i, dy_i, lse_i, mean_i = block

@@ -102,15 +102,15 @@ def _check_shape(operation: str, name: str, a: jax.Array, expected: tuple) -> No
 
 
 def _check_experts(operation: str, experts: jax.Array, rows: tuple, count: int) -> None:
-    """Rows are numbered together with their expert in one int32: see `xla`."""
+    """Rows are numbered together with their expert in one uint32: see `xla`."""
     _check_shape(operation, "experts", experts, rows)
     if not jnp.issubdtype(experts.dtype, jnp.integer):
         raise ValueError(
             f"{operation}: experts has dtype {experts.dtype}, expected integers; "
             "pass the indices that top_k returns"
         )
-    if experts.size * count >= 2**31:
+    if experts.size * (count + 1) >= 2**32:
         raise ValueError(
-            f"{operation}: {experts.size} rows x {count} experts, expected a product "
-            "below 2**31; split the tokens into several calls"
+            f"{operation}: {experts.size} rows x {count} experts is too many to "
+            "number in 32 bits; split the tokens into several calls"
         )

@@ -18,21 +18,14 @@ every array, so reading it gives zeros and writing to it does nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 LARGEST_BLOCK = 64
 
-
-class Rows(NamedTuple):
-    """Rows sorted by expert, closed with one block of row number n."""
-
-    order: Int[Array, "closed"]
-    expert: Int[Array, "n"]
-    ends: Int[Array, "e"]
+Keys = UInt32[Array, "keys"]
 
 
 def grouped_matmul(
@@ -64,42 +57,40 @@ def block_size(rows: int, experts: int) -> int:
     return min(LARGEST_BLOCK, 1 << (mean - 1).bit_length())
 
 
-def _sorted_rows(experts: Int[Array, "n"], count: int, block: int) -> Rows:
-    """Sorts one int32 key that holds both expert and row: far faster than argsort."""
+def _sorted_keys(experts: Int[Array, "n"], count: int, block: int) -> Keys:
+    """`expert n + row`, sorted: one unsigned integer sorts far faster than a pair.
+
+    A block of keys of an expert that does not exist closes the last real block.
+    """
     n = experts.size
-    keys = jnp.sort(experts.astype(jnp.int32) * n + jnp.arange(n, dtype=jnp.int32))
-    expert = keys // n
-    ends = jnp.searchsorted(expert, jnp.arange(count), side="right")
-    order = jnp.pad(keys % n, (0, block), constant_values=n)
-    return Rows(order, expert, ends.astype(jnp.int32))
+    keys = experts.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
+    return jnp.pad(jnp.sort(keys), (0, block), constant_values=count * n)
 
 
-def _over_blocks(rows: Rows, body: Callable, carry):
+def _over_blocks(keys: Keys, n: int, body: Callable, carry):
     """Folds `body(start, expert, row numbers [b], carry) -> carry` over the blocks."""
-    n = rows.expert.size
-    block = rows.order.size - n
 
     def step(state):
         start, carry = state
-        e = rows.expert[start]
-        end = jnp.minimum(start + block, rows.ends[e])
-        inside = start + jnp.arange(block) < end
-        taken = jax.lax.dynamic_slice_in_dim(rows.order, start, block)
-        return end, body(start, e, jnp.where(inside, taken, n), carry)
+        taken = jax.lax.dynamic_slice_in_dim(keys, start, keys.size - n)
+        expert = taken // n
+        mine = expert == expert[0]
+        carry = body(start, expert[0], jnp.where(mine, taken % n, n), carry)
+        return start + jnp.sum(mine, dtype=start.dtype), carry
 
-    start = jnp.zeros((), jnp.int32)
+    start = jnp.zeros((), keys.dtype)
     return jax.lax.while_loop(lambda state: state[0] < n, step, (start, carry))[1]
 
 
-def _take(a: Array, rows: Int[Array, "b"]) -> Array:
+def _take(a: Array, rows: UInt32[Array, "b"]) -> Array:
     return a.at[rows].get(mode="fill", fill_value=0)
 
 
-def _add(a: Array, rows: Int[Array, "b"], value: Array) -> Array:
+def _add(a: Array, rows: UInt32[Array, "b"], value: Array) -> Array:
     return a.at[rows].add(value.astype(a.dtype), mode="drop")
 
 
-def _mask_rows(mask: Array | None, tokens: Int[Array, "b"]) -> Array | float:
+def _mask_rows(mask: Array | None, tokens: UInt32[Array, "b"]) -> Array | float:
     if mask is None:
         return 1.0
     return _take(mask, tokens) if mask.ndim > 1 else mask
@@ -122,17 +113,17 @@ def _rows_matmul(
 
 
 def _rows_matmul_forward(x, w, experts):
-    rows = _sorted_rows(experts, len(w), block_size(len(x), len(w)))
+    keys = _sorted_keys(experts, len(w), block_size(len(x), len(w)))
 
     def body(_, e, row, y):
         return _add(y, row, _dot("bd,df->bf", _take(x, row), w[e].astype(x.dtype)))
 
-    y = _over_blocks(rows, body, jnp.zeros((len(x), w.shape[-1]), x.dtype))
-    return y, (x, w, rows)
+    zeros = jnp.zeros((len(x), w.shape[-1]), x.dtype)
+    return _over_blocks(keys, len(x), body, zeros), (x, w, keys)
 
 
 def _rows_matmul_backward(saved, dy):
-    x, w, rows = saved
+    x, w, keys = saved
 
     def body(_, e, row, carry):
         dx, dw = carry
@@ -141,7 +132,7 @@ def _rows_matmul_backward(saved, dy):
         return dx, dw.at[e].add(_dot("bd,bf->df", _take(x, row), dy_b))
 
     zeros = jnp.zeros_like(x), jnp.zeros_like(w, _wide(x))
-    dx, dw = _over_blocks(rows, body, zeros)
+    dx, dw = _over_blocks(keys, len(x), body, zeros)
     return dx, dw.astype(w.dtype), None
 
 
@@ -154,10 +145,10 @@ def _expert_mlp(x, up, down, experts, gates, mask):
 
 
 def _mlp(x, up, down, experts, gates, mask, *, keep: bool):
-    """The output, and (rows, rectified x @ up in sorted order) where `keep`."""
+    """The output; the sorted keys; where `keep`, the rectified x @ up of each."""
     n, c, f = experts.size, experts.shape[-1], up.shape[-1]
     block = block_size(n, len(up))
-    rows = _sorted_rows(experts.reshape(-1), len(up), block)
+    keys = _sorted_keys(experts.reshape(-1), len(up), block)
 
     def body(start, e, row, carry):
         y, kept = carry
@@ -171,8 +162,8 @@ def _mlp(x, up, down, experts, gates, mask, *, keep: bool):
         return _add(y, row // c, out * _take(gates.reshape(-1, 1), row)), kept
 
     zeros = jnp.zeros_like(x, _wide(x)), jnp.zeros((keep * (n + block), f), x.dtype)
-    y, kept = _over_blocks(rows, body, zeros)
-    return y.astype(x.dtype), (rows, kept)
+    y, kept = _over_blocks(keys, n, body, zeros)
+    return y.astype(x.dtype), (keys, kept)
 
 
 def _mlp_forward(x, up, down, experts, gates, mask):
@@ -181,14 +172,13 @@ def _mlp_forward(x, up, down, experts, gates, mask):
 
 
 def _mlp_backward(saved, dy):
-    x, up, down, gates, mask, rows, kept = saved
-    c, wide = gates.shape[-1], _wide(x)
-    block = rows.order.size - rows.expert.size
+    x, up, down, gates, mask, keys, kept = saved
+    n, c, wide = gates.size, gates.shape[-1], _wide(x)
 
     def body(start, e, row, carry):
         dx, dup, ddown, dgates, dmask = carry
         dy_b, gate = _take(dy, row // c), _take(gates.reshape(-1, 1), row).astype(wide)
-        active = jax.lax.dynamic_slice_in_dim(kept, start, block).astype(wide)
+        active = jax.lax.dynamic_slice_in_dim(kept, start, len(row)).astype(wide)
         mask_b = _mask_rows(mask, row // c)
         hidden = active**2 * mask_b
 
@@ -210,7 +200,7 @@ def _mlp_backward(saved, dy):
 
     of = (x, up, down, gates.reshape(-1), mask)
     zeros = jax.tree.map(lambda a: jnp.zeros_like(a, wide), of)
-    dx, dup, ddown, dgates, dmask = _over_blocks(rows, body, zeros)
+    dx, dup, ddown, dgates, dmask = _over_blocks(keys, n, body, zeros)
     dgates = dgates.reshape(gates.shape)
     grads = dx, dup, ddown, None, dgates, dmask
     like = x, up, down, None, gates, mask

@@ -1,6 +1,8 @@
 """Shapes worth testing and timing, shared by the tests and the bench.
 
     b batch   t time   g ssm_groups   r heads_per_group   p ssm_head_dim   n ssm_state
+
+TESTED are small and awkward, TIMED are the widths that models have.
 """
 
 import dataclasses

@@ -13,8 +13,9 @@ handed on (arXiv 2405.21060, section 6). What makes it fast on a CPU:
   for all heads of a group, without expanding B or C.
 * The backward pass keeps the inputs, y and the state at each chunk's entry. It gets
   the gradient of the decays without reducing any q x s block (`_chunk_backward`).
-* Sums are written as products with ones: XLA's fused reductions on CPU were
-  measured at several times the price.
+* Sums, running sums too, are products with ones. On CPU, XLA fuses a reduction with
+  what it sums, and the end of a cumsum into each of its readers, at several times
+  the price.
 """
 
 import functools
@@ -184,7 +185,9 @@ def _chunk_backward(x, dt, A, B, C, D, state, resets, y, dy, dstate, end):
 
     dx_x = _sum_last(dxd * x)  # b t g r
     dcs = _sum_last(dy * (y - D[..., None] * x)) - dt * dx_x
-    da = lax.cumsum(dcs, 1, reverse=True) + end[:, None]
+    later = np.tri(dt.shape[1], dtype=bool)
+    da = _running_sum(jnp.moveaxis(dcs, 1, -1), later) + end[..., None]
+    da = jnp.moveaxis(da, -1, 1)
     dx = dt[..., None] * dxd + D[..., None] * dy
     dA, dD = (dt * da).sum((0, 1)), _sum_last(dy * x).sum((0, 1))
     return (
@@ -196,10 +199,10 @@ def _chunk_backward(x, dt, A, B, C, D, state, resets, y, dy, dstate, end):
 def _decays(dt, A, resets):
     """How much survives from token s to q, from entry to q, from s to the end, and
     from entry to the end: [b g r q s], [b g r q], [b g r s], [b g r]."""
-    cs = jnp.cumsum(jnp.moveaxis(dt * A, 1, -1), -1)
+    visible = np.tri(dt.shape[1], dtype=bool)
+    cs = _running_sum(jnp.moveaxis(dt * A, 1, -1), visible.T)
     between = cs[..., :, None] - cs[..., None, :]
     entry, leave, whole = cs, cs[..., -1:] - cs, cs[..., -1]
-    visible = np.tri(cs.shape[-1], dtype=bool)
     if resets is not None:
         document = jnp.cumsum(resets, 1)[:, None, None]  # b 1 1 t, 0 goes on from entry
         last = document[..., -1:]
@@ -214,7 +217,12 @@ def _decays(dt, A, resets):
 
 def _inner(dstate, state):
     """Inner product over n and p of two states [b g n r p], per head."""
-    return _sum_last(_sum_third(dstate * state))
+    return _sum_last(dstate * state).sum(2)
+
+
+def _running_sum(a, counted):
+    """Sums over the last axis, each of those entries whose rows are `counted`."""
+    return jnp.matmul(a, counted.astype(a.dtype), precision=lax.Precision.HIGHEST)
 
 
 def _sum_last(a):

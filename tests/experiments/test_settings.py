@@ -1,0 +1,129 @@
+"""A wrong command line: every mistake at once, exit code 2, and nothing begun."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import settings
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ROOT / "experiments" / "configs" / "tiny.py"
+
+# What is wrong -> what its message must say.
+MISTAKES = {
+    "--confg.seed=1": ["--confg.seed", "did you mean 'config'"],
+    "--config.stages.short.stpes=5": ["stages.short.stpes", "did you mean 'steps'"],
+    "--config.modle.embed=64": ["modle.embed", "did you mean 'model'"],
+    "--config.save_every=often": ["save_every=often", "expected int", "100"],
+    "--config.parent.learning_rate=3e": ["learning_rate=3e", "expected float"],
+    "--config.smoke=perhaps": ["smoke=perhaps", "expected bool"],
+    "--config.stages.long.sampling=(5.0,": ["sampling=(5.0,", "expected tuple"],
+    "--config.budgets.targets=(1.0,0.78,0.01)": [
+        "small: none of",
+        "within 5% of its target",
+        "nearest",
+    ],
+    "--config.elastic.expert_ffn=(64,40)": ["expert_ffn", "40", "multiple of 16"],
+    "--config.model.kv_heads=0": ["kv_heads", "got 0"],
+    "--config.modulus=12": ["modulus", "expected a prime", "12"],
+    "--config.evaluation.context=20": ["context 20 is too short"],
+    "--config.parent.batch=60": ["Stage 'parent'", "60"],
+    "--config.calibration.rows=33": ["calibration.rows", "multiple"],
+    "--config.controls=half": ["controls", "'full'", "'half'"],
+    "--config.on_nonfinite=ignore": ["on_nonfinite", "'skip'", "'ignore'"],
+    "--config.parent.accuracy_floor=1.5": ["accuracy_floor", "0..1", "1.5"],
+    "workdir": ["'workdir'", "--name=value"],
+}
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(settings.InvalidConfig) as found:
+        settings.check_command_line(arguments)
+    return str(found.value)
+
+
+def run(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "run.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_each_mistake_is_named(argument, tmp_path):
+    workdir = tmp_path / "run"
+    message = refused(f"--config={TINY}", f"--workdir={workdir}", argument)
+    for words in MISTAKES[argument]:
+        assert words in message
+    assert not workdir.exists()
+
+
+def test_mistakes_of_every_kind_come_together_and_nothing_is_written(tmp_path):
+    """The process itself: exit code 2, all messages, no stack trace, no workdir."""
+    together = [
+        "--confg.seed=1",
+        "--config.stages.short.stpes=5",
+        "--config.save_every=often",
+        "--config.budgets.targets=(1.0,0.78,0.01)",
+        "--config.modulus=12",
+    ]
+    workdir = tmp_path / "run"
+    done = run(f"--config={TINY}", f"--workdir={workdir}", *together, cwd=tmp_path)
+    output = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 2, output
+    for argument in together:
+        for words in MISTAKES[argument]:
+            assert words in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_reported_with_the_other_flags(tmp_path):
+    workdir = tmp_path / "run"
+    missing = TINY.with_name("tinny.py")
+    done = run(f"--config={missing}", f"--workdir={workdir}", "--wrokdir=x")
+    output = "".join((done.stdout + done.stderr).split())
+    assert done.returncode == 2, output
+    for words in (f"{missing}:nosuchfile", f"didyoumean{TINY}", "'workdir'"):
+        assert words in output
+    assert "Traceback" not in output and not workdir.exists()
+
+
+def test_required_flags_are_asked_for():
+    message = refused()
+    assert "--config=" in message and "--workdir=" in message
+
+
+def test_a_value_of_a_parameter_cannot_be_code(tmp_path):
+    trap = tmp_path / "trap"
+    code = f"--config.stages.long.sampling=(open({str(trap)!r}, 'w'),)"
+    assert "expected tuple" in refused(f"--config={TINY}", "--workdir=x", code)
+    assert not trap.exists()
+
+
+def test_the_experiment_as_it_stands_is_right():
+    spec = importlib.util.spec_from_file_location("tiny", TINY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for smoke in (False, True):
+        config = module.get_config()
+        config.smoke = smoke
+        plan = settings.plan(config)
+        assert plan.stages[0].router == "train"
+        assert (plan.values["parent"]["accuracy_floor"] == 0) == smoke
+
+
+def test_flags_change_what_is_planned():
+    accepted = (
+        "--config.stages.short.steps=7",
+        "--config.budgets.targets=(1.0,0.8,0.6)",
+        "--config.smoke=true",
+        "--config.title=another",
+    )
+    settings.check_command_line([f"--config={TINY}", "--workdir=x", *accepted])

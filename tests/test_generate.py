@@ -1,0 +1,188 @@
+"""Generation: greedy, ragged, stopped, and every row as if it were alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elastic_jax as ej
+from elastic_jax import axes
+from elastic_jax.generate import _decode, generate
+
+CFG = ej.ModelConfig(
+    pattern="M*E",
+    vocab=11,
+    embed=32,
+    ssm_groups=2,
+    heads_per_group=2,
+    ssm_head_dim=4,
+    ssm_state=4,
+    kv_heads=2,
+    q_per_kv=2,
+    head_dim=4,
+    experts=4,
+    expert_ffn=6,
+    shared_ffn=6,
+    ffn=6,
+    top_k=2,
+    routed_scaling_factor=2.5,
+)
+PROMPTS = np.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0], [8, 0, 0, 0, 0, 0]])
+LENGTHS = np.array([6, 3, 1])
+NEW = 9
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def params():
+    """Random weights, loud enough that the argmax wanders over the vocabulary."""
+    specs, rng = ej.param_specs(CFG), np.random.default_rng(7)
+
+    def draw(path, spec):
+        noise = rng.standard_normal(axes.shape(CFG, specs, path, spec))
+        fan = np.prod([getattr(CFG, dim) for dim in spec.contracted])
+        return jnp.asarray(noise * (1 if path == ("embedding",) else fan**-0.5))
+
+    return axes.map_specs(draw, specs)
+
+
+run = functools.partial(generate, cfg=CFG, max_new_tokens=NEW)
+
+
+@jax.jit
+def next_tokens(params, text, lengths):
+    logits = ej.apply(params, text, CFG, lengths=lengths)
+    last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)
+    return jnp.argmax(last[:, 0], axis=-1)
+
+
+def recomputed(params, prompts, lengths):
+    """The argmax of a full forward pass without a cache, once per new token."""
+    rows, at = np.arange(len(prompts)), np.array(lengths)
+    text = np.pad(prompts, ((0, 0), (0, NEW)))
+    tokens = []
+    for _ in range(NEW):
+        token = np.asarray(next_tokens(params, text, at))
+        text[rows, at], at = token, at + 1
+        tokens.append(token)
+    return np.stack(tokens, axis=1)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(params):
+    out = run(params, PROMPTS, lengths=LENGTHS)
+    assert len(np.unique(out.tokens)) > 4  # Not a fixed point by chance.
+    np.testing.assert_array_equal(out.tokens, recomputed(params, PROMPTS, LENGTHS))
+    assert out.lengths.tolist() == [NEW] * 3
+
+
+def test_without_lengths_every_token_is_read(params):
+    whole = run(params, PROMPTS)
+    spelled = run(params, PROMPTS, lengths=np.full(3, 6))
+    np.testing.assert_array_equal(whole.tokens, spelled.tokens)
+    assert (whole.tokens != run(params, PROMPTS, lengths=LENGTHS).tokens).any()
+
+
+def test_padding_may_hold_anything(params):
+    want = run(params, PROMPTS, lengths=LENGTHS)
+    padding = np.arange(6) >= LENGTHS[:, None]
+    for value in (-1, 11, 10**6):
+        ragged = np.where(padding, value, PROMPTS)
+        got = run(params, ragged, lengths=LENGTHS)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_a_stop_token_ends_its_row_only(params):
+    """Up to its stop token a row is what it was; then it repeats the stop token."""
+    free = np.asarray(run(params, PROMPTS, lengths=LENGTHS).tokens)
+    ends = []
+    for stop in range(CFG.vocab):
+        out = run(params, PROMPTS, lengths=LENGTHS, stop_token=stop)
+        for row in range(3):
+            found = np.flatnonzero(free[row] == stop)
+            end = found[0] + 1 if len(found) else NEW
+            np.testing.assert_array_equal(out.tokens[row, :end], free[row, :end])
+            assert (out.tokens[row, end:] == stop).all()
+            assert out.lengths[row] == end
+            ends.append(end)
+    assert {1, NEW} < set(ends)  # At once, never, and something between.
+
+
+def test_requests_of_a_batch_do_not_influence_one_another(params):
+    out = run(params, PROMPTS, lengths=LENGTHS)
+    turned = run(params, PROMPTS[::-1], lengths=LENGTHS[::-1])
+    np.testing.assert_array_equal(turned.tokens[::-1], out.tokens)
+    for row in range(3):
+        alone = run(params, PROMPTS[row : row + 1], lengths=LENGTHS[row : row + 1])
+        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
+        others = np.random.default_rng(row).integers(0, 11, (3, 6))
+        others[row] = PROMPTS[row]
+        stop = int(out.tokens[row, -1])  # The others may stop earlier, or never.
+        here = np.where(np.arange(3) == row, LENGTHS, 6)
+        got, want = (
+            run(params, prompts, lengths=lengths, stop_token=stop)
+            for prompts, lengths in ((others, here), (PROMPTS, LENGTHS))
+        )
+        np.testing.assert_array_equal(got.tokens[row], want.tokens[row])
+
+
+def test_masks_generate_what_the_slice_generates(params):
+    counts = ej.counts(CFG, embed=16, heads_per_group=1, q_per_kv=1, experts=3)
+    masks = ej.masks_from_counts(CFG, counts)
+    small = ej.slice_params(params, ej.param_specs(CFG), counts)
+    masked = run(params, PROMPTS, lengths=LENGTHS, masks=masks)
+    cut = run(small, PROMPTS, cfg=ej.slice_config(CFG, counts), lengths=LENGTHS)
+    np.testing.assert_array_equal(masked.tokens, cut.tokens)
+    assert (masked.tokens != run(params, PROMPTS, lengths=LENGTHS).tokens).any()
+
+
+def test_equal_shapes_compile_once(params):
+    """Whatever the prompts, their lengths and the stop token."""
+    run(params, PROMPTS)
+    compiled = _decode._cache_size()
+    run(params, (PROMPTS + 1) % 11, lengths=LENGTHS, stop_token=4)
+    run(params, PROMPTS.astype(np.uint8).tolist(), lengths=[1, 2, 3], stop_token=0)
+    fresh = ej.ModelConfig.from_dict(CFG.to_dict())
+    generate(params, PROMPTS, fresh, max_new_tokens=NEW)
+    assert _decode._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": [[1.0, 2.0]]}, r"integers \[b, t\], got float64 \(1, 2\)"),
+        ({"prompts": [1, 2]}, r"integers \[b, t\], got int64 \(2,\)"),
+        ({"prompts": np.zeros((0, 3), int)}, r"prompts are empty: shape \(0, 3\)"),
+        ({"prompts": np.zeros((2, 0), int)}, r"prompts are empty: shape \(2, 0\)"),
+        ({"prompts": [[1, 11]]}, "row 0: token 11 is outside the vocabulary of 11"),
+        ({"prompts": [[1, 2], [3, -1]]}, "row 1: token -1 is outside the vocabulary"),
+        ({"lengths": [6, 3]}, r"lengths: expected integers of shape \(3,\), got int64"),
+        ({"lengths": [6.0, 3, 1]}, "lengths: expected integers .* got float64"),
+        ({"lengths": [6, 0, 1]}, "row 1: length 0 is not in 1..6"),
+        ({"lengths": [6, 3, 7]}, "row 2: length 7 is not in 1..6"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an int .* got 2.5"),
+        ({"stop_token": 11}, "stop_token 11 is outside the vocabulary of 11"),
+        ({"stop_token": -1}, "stop_token -1 is outside the vocabulary"),
+        ({"stop_token": 2.0}, "stop_token must be an int or None, got 2.0"),
+    ],
+)
+def test_mistakes_are_named(wrong, message):
+    arguments = {"prompts": PROMPTS, "cfg": CFG, "max_new_tokens": NEW} | wrong
+    with pytest.raises(ValueError, match=message):
+        generate({}, **arguments)
+
+
+def test_all_mistakes_come_together():
+    with pytest.raises(ValueError) as error:
+        generate(
+            {}, [[1, 99], [1, 2]], CFG, max_new_tokens=-1, lengths=[2, 3], stop_token=50
+        )
+    for part in ("token 99", "row 1: length 3", "max_new_tokens", "stop_token 50"):
+        assert part in str(error.value)

@@ -1,0 +1,84 @@
+"""The journeys of the users, end to end on one smoke run."""
+
+import json
+import subprocess
+
+import elastic_jax as ej
+import jax
+import numpy as np
+import pytest
+from elastic_jax.budgets import ZONE
+
+
+@pytest.fixture(scope="module")
+def nested(smoke_workdir):
+    return ej.open_nested(smoke_workdir / "checkpoint")
+
+
+def test_an_experiment_leaves_what_it_promises(smoke_workdir):
+    results = json.loads((smoke_workdir / "results.json").read_text())
+    assert {b["name"] for b in results["budgets"]} == {"full", "mid", "small"}
+    for budget in results["budgets"]:
+        assert abs(budget["cost_over_target"] - 1) <= ZONE
+    counts = [json.dumps(b["counts"], sort_keys=True) for b in results["budgets"]]
+    assert len(set(counts)) == 3
+    assert {"parent", "scores", "elastic", "controls"} <= set(results["seconds"])
+    assert results["parent"]["floor"] == 0
+    report = (smoke_workdir / "report.md").read_text()
+    for plot in smoke_workdir.glob("*.png"):
+        assert f"]({plot.name})" in report
+    assert list((smoke_workdir / "elastic" / "metrics").glob("events.*"))
+
+
+def test_a_rerun_says_that_the_run_is_complete(smoke_workdir):
+    from conftest import COMMAND, ROOT
+
+    before = {p: p.stat().st_mtime_ns for p in smoke_workdir.rglob("manifest.json")}
+    done = subprocess.run(
+        [*COMMAND, f"--workdir={smoke_workdir}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "complete" in done.stdout
+    after = {p: p.stat().st_mtime_ns for p in smoke_workdir.rglob("manifest.json")}
+    assert before == after
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(smoke_workdir):
+    from conftest import COMMAND, ROOT
+
+    done = subprocess.run(
+        [*COMMAND, f"--workdir={smoke_workdir}", "--config.seed=5"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 2
+    assert "seed" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_slices_are_cut_in_one_jitted_call(nested):
+    """Trained budgets and counts nobody planned; the restored submodel is the slice."""
+    params, cfg = nested.restore()
+    specs = ej.param_specs(cfg)
+    slice_fn = jax.jit(ej.slice_params, static_argnums=(1, 2))
+    unplanned = ej.counts(cfg, embed=64, experts=5, q_per_kv=1)
+    for counts in [*nested.budgets.values(), unplanned]:
+        small = slice_fn(params, specs, counts)
+        restored, small_cfg = nested.restore(counts)
+        assert small_cfg == ej.slice_config(cfg, counts)
+        assert jax.tree.structure(small) == jax.tree.structure(restored)
+        for ours, theirs in zip(*map(jax.tree.leaves, (small, restored)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert slice_fn._cache_size() == len(nested.budgets) + 1
+    slice_fn(params, ej.param_specs(cfg), unplanned)
+    assert slice_fn._cache_size() == len(nested.budgets) + 1
+
+
+def test_a_budget_generates_what_its_masked_parent_does(nested):
+    params, cfg = nested.restore()
+    small, small_cfg = nested.restore("small")
+    masks = ej.masks_from_counts(cfg, nested.budgets["small"])
+    prompts = np.random.default_rng(0).integers(5, cfg.vocab, (4, 6))
+    options = {"max_new_tokens": 8, "lengths": [6, 3, 5, 1]}
+    sliced = ej.generate(small, prompts, small_cfg, **options)
+    masked = ej.generate(params, prompts, cfg, masks=masks, **options)
+    np.testing.assert_array_equal(sliced.tokens, masked.tokens)

@@ -1,0 +1,107 @@
+"""The command line: what `inspect` prints is true, and mistakes end in a message."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import elastic_jax as ej
+from elastic_jax.__main__ import main
+from elastic_jax.checkpoint import TrainCheckpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+CFG = ej.presets.tiny("ME*-")
+SMALL = ej.counts(CFG, embed=48, heads_per_group=2)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nested") / "checkpoint"
+    params = ej.init_params(jax.random.key(0), CFG)
+    params["lm_head"] = params["lm_head"].astype("bfloat16")
+    ej.save_nested(
+        path,
+        params,
+        CFG,
+        budgets={"full": ej.counts(CFG), "[red]small": SMALL},
+        scores={"embed": params["final_norm"]},
+        provenance={"data": "from [/nowhere]", "run": {"seed": 17}},
+    )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row."""
+    lines = (line.strip("│ ") for line in text.splitlines() if "│" in line)
+    return [[cell.strip() for cell in line.split("│")] for line in lines]
+
+
+def test_inspect_prints_what_is_stored(saved, capsys):
+    assert main(["inspect", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    printed = rows(out)
+    assert not err
+    for field, value in CFG.to_dict().items():
+        assert [field, str(value)] in printed
+    specs = ej.param_specs(CFG)
+    for name, counts in (("parent", None), ("full", None), ("[red]small", SMALL)):
+        cost = ej.cost(specs, CFG, counts=counts)
+        row = next(row for row in printed if row[0] == name)
+        assert row[2:4] == [f"{cost.total_params:,}", f"{cost.active_params:,}"]
+        kib = cost.weight_bytes("bf16") / 1024
+        assert row[5] == f"{kib:,.1f} KiB"
+    assert "heads_per_group 2" in out and "embed 48" in out
+    assert ["params", "float32", str(len(specs) - 1)] in printed
+    assert ["params", "bfloat16", "1"] in printed
+    assert ["scores", "float32", "1"] in printed
+    assert ["data", "from [/nowhere]"] in printed and "'seed': 17" in out
+    stored = sum(f.stat().st_size for f in saved.glob("arrays-*/**/*") if f.is_file())
+    assert f"{stored / 1024:,.1f} KiB on disk" in out
+
+
+def test_inspect_reads_no_array(saved, capsys, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an array was read")
+
+    monkeypatch.setattr("elastic_jax.checkpoint._Arrays._read", refuse)
+    assert main(["inspect", str(saved)]) == 0
+
+
+def test_what_is_no_nested_checkpoint_is_refused(tmp_path, capsys):
+    with TrainCheckpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, {"step": np.int32(1)}, {})
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "manifest.json").write_text('{"format": "elastic')
+    for path in (tmp_path / "absent", tmp_path / "run" / "step_00000001", torn):
+        assert main(["inspect", str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert not out and str(path) in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspekt", "x"], ["inspect"]])
+def test_unknown_commands_show_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m elastic_jax" in capsys.readouterr().err
+
+
+def test_the_module_runs_and_shows_no_stack_trace(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_jax", "inspect", tmp_path / "absent"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert str(tmp_path / "absent") in done.stderr and "Traceback" not in done.stderr
