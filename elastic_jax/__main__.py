@@ -79,7 +79,7 @@ def _storage(nested) -> Table:
     table = _table("storage", "part", "dtype", "arrays", numbers=1)
     for (part, dtype), number in sorted(collections.Counter(kinds).items()):
         table.add_row(part, dtype, format_count(number))
-    table.caption = f"{format_bytes(nested.size_bytes)} on disk, {nested.path}"
+    table.caption = f"{format_bytes(nested.size_bytes)} on disk"
     return table
 
 

@@ -74,9 +74,7 @@ class Elastic:
     @property
     def costing(self) -> dict[str, Any]:
         """The arguments by which a cost is taken."""
-        return {
-            "specs": self.specs, "cfg": self.cfg, "cache_specs": self.cache_specs
-        }
+        return {"specs": self.specs, "cfg": self.cfg, "cache_specs": self.cache_specs}
 
 
 def router_health(
@@ -92,8 +90,13 @@ def router_health(
         logits = _logits(elastic, router_params, i)
         pi = probabilities(logits, scale, temperature)
         metrics |= health(
-            name, budget, logits, pi, elastic.router.elastic,
-            depth_ranks=elastic.depth_ranks, **elastic.costing,
+            name,
+            budget,
+            logits,
+            pi,
+            elastic.router.elastic,
+            depth_ranks=elastic.depth_ranks,
+            **elastic.costing,
         )
         if i:
             certainty = max([certainty, *(float(jnp.max(p)) for p in pi.values())])
@@ -109,14 +112,19 @@ def settled_counts(elastic: Elastic, router_params: Any) -> dict[str, Counts]:
     router = elastic.router
     counts = {
         name: chosen_counts(
-            _logits(elastic, router_params, i), router.elastic, elastic.cfg,
+            _logits(elastic, router_params, i),
+            router.elastic,
+            elastic.cfg,
             depth_ranks=elastic.depth_ranks,
         )
         for i, name in enumerate(elastic.names)
     }
     accept(
-        counts, elastic.budgets, elastic=router.elastic,
-        depth_ranks=elastic.depth_ranks, **elastic.costing,
+        counts,
+        elastic.budgets,
+        elastic=router.elastic,
+        depth_ranks=elastic.depth_ranks,
+        **elastic.costing,
     )
     return counts
 

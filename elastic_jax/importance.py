@@ -30,9 +30,11 @@ from elastic_jax.model import hidden_states, logits
 from elastic_jax.scores import EXPERT_METRICS, Scores, named_leaves, to_json
 
 # What the layers tap -> the dimensions of one token's activation. "ssm_state" is C.
+# A Mamba head is judged by its gated output, what it hands on, where published work
+# takes its input x: on two of three toy parents x ranked heads no better than chance.
 TAPS = {
     "embed": ("embed",),
-    "ssm_x": ("ssm_groups", "heads_per_group", "ssm_head_dim"),
+    "heads_per_group": ("ssm_groups", "heads_per_group", "ssm_head_dim"),
     "ssm_B": ("ssm_groups", "ssm_state"),
     "ssm_state": ("ssm_groups", "ssm_state"),
     "q_per_kv": ("kv_heads", "q_per_kv", "head_dim"),
@@ -310,14 +312,15 @@ def _add(state: State, params, batch: Mapping[str, Array], cfg: ModelConfig) -> 
 def _read_widths(activity: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, Any]:
     """Every axis but `experts`, from the aggregated activations of every tap."""
     states = zip(activity["ssm_B"], activity["ssm_state"], strict=True)
+    heads = activity["heads_per_group"]
     return {
         "expert_ffn": activity["expert_ffn"],
         "shared_ffn": activity["shared_ffn"],
         "ffn": activity["ffn"],
         "q_per_kv": tuple(_l2(y, -1) for y in activity["q_per_kv"]),
-        "ssm_head_dim": tuple(_l2(x, (0, 1)) for x in activity["ssm_x"]),
+        "ssm_head_dim": tuple(_l2(y, (0, 1)) for y in heads),
         "ssm_state": tuple(_l2(B, 0) * _l2(C, 0) for B, C in states),
-        "heads_per_group": tuple(_head_scores(x) for x in activity["ssm_x"]),
+        "heads_per_group": tuple(_head_scores(y) for y in heads),
         "embed": sum(activity["embed"]),
     }
 

@@ -6,6 +6,7 @@ alarms, which compare a loss with those before it, start from the rows kept.
 """
 
 import collections
+import functools
 import json
 import math
 import os
@@ -31,18 +32,19 @@ class Alarms:
 
     ADVICE = {
         "nonfinite": "the step was skipped: see the examples in nonfinite_<step>.json",
-        "loss_spike": "a budget's loss is 5 times its recent median: lower "
+        "loss_spike": "a budget's loss is 10 times its recent median: lower "
         "learning_rate",
         "router_collapse": "the router is certain in the first third of the stage, and "
         "misses a budget: raise budget_loss_weight, or lower router_learning_rate",
         "budget_missed": "a budget is outside its zone in the last third of the stage: "
         "raise budget_loss_weight, or offer finer choices",
     }
-    WINDOW, SPIKE = 50, 5
+    WINDOW, SPIKE = 50, 10
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         # Budgets differ in their losses by orders, and a step sees some of them.
-        self.recent = collections.defaultdict(lambda: collections.deque([], self.WINDOW))
+        empty = functools.partial(collections.deque, maxlen=self.WINDOW)
+        self.recent = collections.defaultdict(empty)
         for row in rows:
             self._spiked(row)
 

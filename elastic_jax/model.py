@@ -169,7 +169,7 @@ def extend(
         )
     context = {"segment_ids": None, "lengths": lengths}
     x, layers = _stack(params, tokens, cfg, masks, context, cache=cache)
-    new = tokens.shape[1] if lengths is None else lengths
+    new = tokens.shape[1] if lengths is None else lengths.astype(jnp.int32)
     filled = cache["filled"] + new
     y = logits(params, x)
     if capacity is not None:
@@ -197,8 +197,10 @@ def _stack(params, tokens, cfg, masks, context, *, cache=None, tap=None, remat=F
     depth = whole.get("layers")
 
     # Negative tokens are outside the vocabulary too: they must not count from its end.
-    x = params["embedding"].at[tokens].get(
-        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    x = (
+        params["embedding"]
+        .at[tokens]
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     )
     x = elastic(x, model_masks, "embed", dim=-1)
     caches = []

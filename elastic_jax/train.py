@@ -189,8 +189,11 @@ def language_objective(
 def _language_loss(trained, rows, cfg, chunk):
     params = trained["params"]
     loss = cross_entropy_loss(
-        _hidden(params, rows, cfg), params["lm_head"], rows["targets"],
-        weights=rows["weights"], chunk=chunk,
+        _hidden(params, rows, cfg),
+        params["lm_head"],
+        rows["targets"],
+        weights=rows["weights"],
+        chunk=chunk,
     )
     return loss, loss
 
@@ -230,13 +233,15 @@ def _masked_loss(
     router, params = elastic.router, trained["params"]
     logits = router.apply(trained["router"], budget)
     pi = probabilities(logits, scale, temperature, noise, hard=hard)
-    masks = soft_masks(
-        pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks
-    )
+    masks = soft_masks(pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks)
     hidden = _hidden(params, rows, elastic.cfg, masks)
     kl = _divergence(hidden, params, rows, teacher, elastic.cfg, elastic.chunk)
     missed = budget_loss(
-        pi, masks, budget, budgets=elastic.budgets, zone=elastic.dead_zone,
+        pi,
+        masks,
+        budget,
+        budgets=elastic.budgets,
+        zone=elastic.dead_zone,
         **elastic.costing,
     )
     return kl + budget_loss_weight * missed, kl
@@ -301,8 +306,12 @@ def _divergence(hidden, student, rows, teacher, cfg, chunk):
     """KL from the parent, whose hidden states are computed alongside."""
     taught = jax.lax.stop_gradient(_hidden(teacher, rows, cfg))
     return distillation_loss(
-        hidden, student["lm_head"], taught, teacher["lm_head"],
-        weights=rows["weights"], chunk=chunk,
+        hidden,
+        student["lm_head"],
+        taught,
+        teacher["lm_head"],
+        weights=rows["weights"],
+        chunk=chunk,
     )
 
 
@@ -409,7 +418,11 @@ def fit_router(
                 pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks
             )
             total += budget_loss(
-                pi, masks, budget, budgets=elastic.budgets, zone=elastic.dead_zone,
+                pi,
+                masks,
+                budget,
+                budgets=elastic.budgets,
+                zone=elastic.dead_zone,
                 **elastic.costing,
             )
         return total

@@ -26,10 +26,11 @@ os.environ["XLA_FLAGS"] = (
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 
-import elastic_jax as ej  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+
+import elastic_jax as ej  # noqa: E402
 from elastic_jax.distill import cross_entropy_loss  # noqa: E402
 from elastic_kernels.timing import alternate  # noqa: E402
 
@@ -44,11 +45,15 @@ def main() -> None:
     options = parser.parse_args()
 
     times, compiled = gradients(options.rounds), compilation()
-    found = {"seconds": times, "compile_seconds": compiled, "ratios": {
-        "sliced / built": times["sliced"] / times["built"],
-        "masked / unmasked": times["masked"] / times["unmasked"],
-        "52 / 12 blocks": compiled[52] / compiled[12],
-    }}
+    found = {
+        "seconds": times,
+        "compile_seconds": compiled,
+        "ratios": {
+            "sliced / built": times["sliced"] / times["built"],
+            "masked / unmasked": times["masked"] / times["unmasked"],
+            "52 / 12 blocks": compiled[52] / compiled[12],
+        },
+    }
     print(f"\n{'ratio':<20}{'measured':>10}{'bar':>8}")
     for name, ratio in found["ratios"].items():
         bar = BARS[name]
@@ -75,7 +80,9 @@ def gradients(rounds: int) -> dict[str, float]:
     def masked(p, tokens, masks):
         return loss(p, tokens, cfg, masks)
 
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, CONTEXT)))
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, CONTEXT))
+    )
     built = jax.jit(jax.grad(lambda p, t: loss(p, t, small_cfg)))
     whole = jax.jit(jax.grad(lambda p, t: loss(p, t, cfg)))
     sliced, masked = jax.jit(jax.grad(sliced)), jax.jit(jax.grad(masked))

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import elastic_jax as ej
 from elastic_jax import checkpoint, data, fit, train
 from elastic_jax.axes import AXES, blocks_with
-from elastic_jax.axes import AXES
 from elastic_jax.curriculum import Stage
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.router import budget_input, make_router
@@ -155,9 +154,7 @@ def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
     values = {k: v for k, v in plan.values.items() if k not in ("controls", "stages")}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
-    digests = {
-        stage.name: plan.tasks[stage.name].digest() for stage in stages
-    }
+    digests = {stage.name: plan.tasks[stage.name].digest() for stage in stages}
     whole = {"config": values, "stages": staged, "data": digests, **fit.software()}
     return json.loads(json.dumps(whole))
 
@@ -293,10 +290,16 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
             counts = ej.counts(cfg, **{axis: kept})
             shuffled = (random_ranks(found, seed, axis) for seed in range(draws))
             random = [measure(ranks, counts) for ranks in shuffled]
-            rows.append({
-                "axis": axis, "variant": variant, "kept": kept, "full": full,
-                "ours": measure(ej.rank({axis: ours[axis]}), counts), "random": random,
-            })
+            rows.append(
+                {
+                    "axis": axis,
+                    "variant": variant,
+                    "kept": kept,
+                    "full": full,
+                    "ours": measure(ej.rank({axis: ours[axis]}), counts),
+                    "random": random,
+                }
+            )
             advance(i, axis)
         if "layers" not in asked:
             return rows
@@ -305,11 +308,18 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
             cfg, layers=ej.keep_layers(ej.rank({"layers": scores}), kept)
         )
         rng = np.random.default_rng(0)
-        rows.append({
-            "axis": "layers", "variant": "", "kept": kept, "full": cfg.layers,
-            "ours": measure({}, keep(depth)),
-            "random": [measure({}, keep(rng.random(cfg.layers))) for _ in range(draws)],
-        })
+        rows.append(
+            {
+                "axis": "layers",
+                "variant": "",
+                "kept": kept,
+                "full": cfg.layers,
+                "ours": measure({}, keep(depth)),
+                "random": [
+                    measure({}, keep(rng.random(cfg.layers))) for _ in range(draws)
+                ],
+            }
+        )
         advance(len(cases) + 1)
     return rows
 
@@ -387,8 +397,16 @@ def elastic_training(
             checkpoint.save_nested(target, state.params, plan.cfg, budgets={})
 
     state, facts = run_stages(
-        plan, workdir, name, stages, objective, teacher, router=learned,
-        finish=finish, observe=snapshot, allow_changes=allow_changes,
+        plan,
+        workdir,
+        name,
+        stages,
+        objective,
+        teacher,
+        router=learned,
+        finish=finish,
+        observe=snapshot,
+        allow_changes=allow_changes,
     )
     return state, settled(facts), elastic
 

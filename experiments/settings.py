@@ -254,8 +254,7 @@ def _override(config: ConfigDict, name: str, text: str) -> Iterator[str]:
         here[field] = _parsed(old, text)
     except (KeyError, ValueError, SyntaxError, TypeError):
         yield (
-            f"--config.{name}={text}: expected {type(old).__name__}, "
-            f"such as {old!r}"
+            f"--config.{name}={text}: expected {type(old).__name__}, such as {old!r}"
         )
 
 

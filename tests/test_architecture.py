@@ -17,8 +17,18 @@ FLOORS = (
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model",),
     (
-        "budgets", "router", "distill", "scores", "fold", "importance", "curriculum",
-        "data", "manifest", "checkpoint", "tables", "findings",
+        "budgets",
+        "router",
+        "distill",
+        "scores",
+        "fold",
+        "importance",
+        "curriculum",
+        "data",
+        "manifest",
+        "checkpoint",
+        "tables",
+        "findings",
     ),
     ("elastic", "train", "metrics", "fit", "generate", "report"),
     ("__main__",),
@@ -113,7 +123,9 @@ def test_importing_takes_no_heavy_library():
     )
     path = f"{ROOT}:{ROOT / 'kernels'}"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         env={"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "PATH": ""},
     )
     assert done.returncode == 0, done.stderr

@@ -182,7 +182,7 @@ def test_width_scores_equal_their_definitions(params):
     query = np.linalg.norm(mean_l2(seen[2, "q_per_kv"]), axis=-1)
     np.testing.assert_allclose(means["q_per_kv"][0], query, **close)
 
-    x = mean_l2(seen[0, "ssm_x"])
+    x = mean_l2(seen[0, "heads_per_group"])
     channels = np.sqrt((x**2).sum((0, 1)))
     best = np.argsort(-channels)[: CFG.ssm_head_dim // 2]
     heads = np.linalg.norm(x[..., best], axis=-1)

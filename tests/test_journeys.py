@@ -1,12 +1,12 @@
 """The journeys of the users, end to end on one smoke run."""
 
 import json
-import subprocess
 
-import elastic_jax as ej
 import jax
 import numpy as np
 import pytest
+
+import elastic_jax as ej
 from elastic_jax.budgets import ZONE
 
 
@@ -30,29 +30,19 @@ def test_an_experiment_leaves_what_it_promises(smoke_workdir):
     assert list((smoke_workdir / "elastic" / "metrics").glob("events.*"))
 
 
-def test_a_rerun_says_that_the_run_is_complete(smoke_workdir):
-    from conftest import COMMAND, ROOT
-
+def test_a_rerun_says_that_the_run_is_complete(smoke_run, smoke_workdir):
     before = {p: p.stat().st_mtime_ns for p in smoke_workdir.rglob("manifest.json")}
-    done = subprocess.run(
-        [*COMMAND, f"--workdir={smoke_workdir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = smoke_run(smoke_workdir)
+    assert done.returncode == 0, done.stdout
     assert "complete" in done.stdout
     after = {p: p.stat().st_mtime_ns for p in smoke_workdir.rglob("manifest.json")}
     assert before == after
 
 
-def test_another_configuration_in_the_same_workdir_is_refused(smoke_workdir):
-    from conftest import COMMAND, ROOT
-
-    done = subprocess.run(
-        [*COMMAND, f"--workdir={smoke_workdir}", "--config.seed=5"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )
+def test_another_configuration_in_the_same_workdir_is_refused(smoke_run, smoke_workdir):
+    done = smoke_run(smoke_workdir, "--config.seed=5")
     assert done.returncode == 2
-    assert "seed" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "seed" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_slices_are_cut_in_one_jitted_call(nested):

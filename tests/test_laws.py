@@ -80,8 +80,11 @@ def some_counts(draw, cfg, which):
     chosen = {}
     for axis in which:
         if axis == "layers":
-            keep = draw(st.lists(st.sampled_from([0, 1]), min_size=cfg.layers,
-                                 max_size=cfg.layers).filter(any))
+            keep = draw(
+                st.lists(
+                    st.sampled_from([0, 1]), min_size=cfg.layers, max_size=cfg.layers
+                ).filter(any)
+            )
             chosen[axis] = tuple(keep)
         elif not AXES[axis].blocks:
             chosen[axis] = draw(st.sampled_from(allowed(cfg, axis)))
@@ -242,8 +245,12 @@ def decode_ragged(params, cfg, masks, text, chunks):
         lengths = np.full(rows, size)
         lengths[1] -= n == 0
         lengths = np.minimum(lengths, time - at)
-        window = [np.resize(text[r, at[r] : at[r] + size], size)
-                  if lengths[r] else np.zeros(size, int) for r in range(rows)]
+        window = [
+            np.resize(text[r, at[r] : at[r] + size], size)
+            if lengths[r]
+            else np.zeros(size, int)
+            for r in range(rows)
+        ]
         y, cache = step(params, jnp.asarray(np.stack(window)), cache, lengths)
         for r in range(rows):
             logits[r, at[r] : at[r] + lengths[r]] = y[r, : lengths[r]]

@@ -31,7 +31,7 @@ def make_elastic(pattern, targets, **choices):
     axes = ej.ElasticConfig(tuple(choices.items()))
     budgets = tuple((n, ej.Budget(t)) for n, t in zip(NAMES, targets, strict=True))
     router = make_router(cfg, axes, len(budgets), hidden=16)
-    teacher = ej.init_params(jax.random.key(0), cfg)
+    teacher = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), cfg)
     return Elastic(cfg, teacher, router, budgets)
 
 
@@ -346,16 +346,22 @@ def test_depth_ranks_may_be_an_array(elastic):
 # --------------------------------------------------------------------------- mesh
 
 
-@pytest.mark.parametrize("kind, pattern", [("masked", "*E"), ("sliced", "ME")])
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device(kind, pattern):
-    """data 2, tensor 2, expert 2; a second step finds everything where it was."""
-    choices = {"embed": (32, 16), "expert_ffn": (32, 16), "shared_ffn": (32, 16)}
+MESHED = {  # kind of step -> a pattern, and choices that it has
+    "masked": ("*E", {"embed": (32, 16), "expert_ffn": (32, 16)}),
+    "sliced": ("M", {"embed": (32, 16), "heads_per_group": (2, 1)}),
+}
+
+
+@pytest.mark.parametrize("kind", MESHED)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(kind):
+    """data 2, tensor 2, expert 2; an update leaves everything where it was."""
+    pattern, choices = MESHED[kind]
     elastic = make_elastic(pattern, (1.0, 0.8, 0.43), **choices)
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "tensor", "expert"), axis_types=(AxisType.Auto,) * 3
     )
     stage = dataclasses.replace(SMALLEST, batch=4, micro_batch=4)
-    kept = ej.counts(elastic.cfg, embed=16, shared_ffn=16)
+    kept = ej.counts(elastic.cfg, **{axis: n for axis, (_, n) in choices.items()})
     optimizer = train.optimizer(elastic.specs)
     batch, learned = make_batch(stage), fresh_router(elastic)
 
@@ -369,17 +375,22 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(kind, pattern):
 
     params = train.shard_params(elastic.teacher, elastic.cfg, mesh)
     spread = dataclasses.replace(elastic, teacher=params, mesh=mesh)
-    state, objective = train.init_state(params, optimizer, learned), make(spread)
-    gradients, spread_losses = objective.gradients(state, batch, 3)
+    state = train.init_state(params, optimizer, learned)
+    gradients, spread_losses = make(spread).gradients(state, batch, 3)
     np.testing.assert_allclose(spread_losses[0][1], losses[0][1], rtol=1e-4)
     for got, want in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
         scale = np.abs(want).max() + 1e-12
         np.testing.assert_allclose(got / scale, want / scale, atol=1e-4)
+    assert size(gradients["router"]) > 0 or kind == "sliced"
 
-    places = jax.tree.map(lambda x: x.sharding, state)
-    assert all(len(place.device_set) == 8 for place in jax.tree.leaves(places))
-    gradient = gradients["params"]["layers"][1]["up"]
-    assert gradient.addressable_shards[0].data.shape == (2, 32, 16)  # e d f
-    state, _ = train.update(optimizer, state, gradients, RATES, True)
-    stayed = lambda x, place: x.sharding.is_equivalent_to(place, x.ndim)
-    assert all(jax.tree.leaves(jax.tree.map(stayed, state, places)))
+    lie_alike = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    trained = {"params": state.params, "router": state.router}
+    assert all(jax.tree.leaves(jax.tree.map(lie_alike, gradients, trained)))
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
+    if kind == "masked":
+        (up,) = (block["up"] for block in state.params["layers"] if "up" in block)
+        assert up.addressable_shards[0].data.shape == (2, 32, 16)  # e d f
+        places = jax.tree.map(lambda x: x.sharding, state)
+        state, _ = train.update(optimizer, state, gradients, RATES, True)
+        stayed = lambda x, place: x.sharding.is_equivalent_to(place, x.ndim)
+        assert all(jax.tree.leaves(jax.tree.map(stayed, state, places)))

@@ -64,8 +64,6 @@ def mamba2(
     B = contract("btd,dgn->btgn", x, params["B"])
     C = contract("btd,dgn->btgn", x, params["C"])
     dt = contract("btd,dgr->btgr", x, params["dt"])
-    if tap is not None:
-        tap("ssm_x", u)
 
     # Tails and state may be read under another mask than they were written under.
     lasting = cache is not None or varies_along_time(masks)
@@ -101,7 +99,7 @@ def mamba2(
         cache = {"conv_x": tail_x, "conv_B": tail_B, "conv_C": tail_C, "state": state}
 
     y = (y.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
-    y = elastic(y, masks, "heads_per_group", dim=-2)
+    y = elastic(y, masks, "heads_per_group", dim=-2, tap=tap)
     y = elastic(y, masks, "ssm_head_dim", dim=-1)
     y = _group_norm(params["gate_norm"], y, masks, norm_eps)
     return contract("btgrp,grpd->btd", y, params["out"]), cache

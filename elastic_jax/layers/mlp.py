@@ -1,6 +1,6 @@
 """Dense squared-ReLU MLP, elastic in its hidden width.
 
-    b batch   t time   d embed   f ffn
+b batch   t time   d embed   f ffn
 """
 
 import jax

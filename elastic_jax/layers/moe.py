@@ -43,9 +43,7 @@ def moe(
     tap=None,
 ):
     """Sends every token to `top_k` experts and the shared one; returns the update."""
-    experts, gates = route(
-        params, x, masks.get("experts"), top_k, n_group, topk_group
-    )
+    experts, gates = route(params, x, masks.get("experts"), top_k, n_group, topk_group)
     y = _routed(params, x, masks, experts, gates, tap) * routed_scaling_factor
 
     h = jax.nn.relu(contract("btd,ds->bts", x, params["shared_up"])) ** 2

@@ -18,7 +18,7 @@ def executed(smoke_workdir):
         environment.setenv("ELASTIC_JAX_CHECKPOINT", str(smoke_workdir / "checkpoint"))
         nbclient.NotebookClient(
             notebook,
-            timeout=600,
+            timeout=1800,
             kernel_name="python3",
             resources={"metadata": {"path": str(NOTEBOOKS)}},
         ).execute()

@@ -26,7 +26,7 @@ TESTED = {
     "one_expert": Case(m=7, e=1, c=1, d=3, f=5),
     "uneven": Case(m=37, e=5, c=2, d=6, f=9),
     "idle_experts": Case(m=50, e=8, c=3, d=6, f=9, routed=3),
-    "full_blocks": Case(m=160, e=3, c=2, d=4, f=8),
+    "many_rows": Case(m=160, e=3, c=2, d=4, f=8),
 }
 
 TIMED = {

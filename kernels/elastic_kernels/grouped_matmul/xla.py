@@ -17,13 +17,14 @@ A block that an expert does not fill is closed with row number n. That row lies 
 every array, so reading it gives zeros and writing to it does nothing.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-LARGEST_BLOCK = 64
+LARGEST_BLOCK = 256
 
 Keys = UInt32[Array, "keys"]
 
@@ -47,14 +48,17 @@ def expert_mlp(
 
 
 def block_size(rows: int, experts: int) -> int:
-    """The power of two next to the mean rows per expert, at most `LARGEST_BLOCK`.
+    """The fewest equal blocks for an expert one standard deviation busier than most.
 
-    Smaller wastes less of the last block of an expert; larger reads the weights less
-    often. On a CPU core the mean was best or within a few per cent from decoding one
-    token (blocks of 1) to hundreds of rows per expert.
+    With balanced routing, rows per expert scatter like counts around their mean. A
+    block just above that reads each weight once and leaves little of itself empty: a
+    quarter faster on a CPU core than the mean itself, which most experts exceed by a
+    little and then need two blocks for. Decoding one token gives blocks of 1.
     """
-    mean = max(1, -(-rows // experts))
-    return min(LARGEST_BLOCK, 1 << (mean - 1).bit_length())
+    mean = max(1, rows) / experts
+    busy = mean + math.sqrt(mean)
+    block = math.ceil(busy / math.ceil(busy / LARGEST_BLOCK))
+    return block if block <= 8 else 8 * math.ceil(block / 8)
 
 
 def _sorted_keys(experts: Int[Array, "n"], count: int, block: int) -> Keys:
