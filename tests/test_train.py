@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 import elastic_jax as ej
-from elastic_jax import train
+from elastic_jax import axes, train
 from elastic_jax.budgets import ZONE
 from elastic_jax.curriculum import Stage
 from elastic_jax.elastic import Elastic, router_health, settled_counts
@@ -25,14 +25,24 @@ def small(pattern):
     )
 
 
+def random_params(cfg):
+    """Drawn by NumPy, which compiles nothing."""
+    rng, specs = np.random.default_rng(0), ej.param_specs(cfg)
+
+    def leaf(path, spec):
+        drawn = 0.2 * rng.normal(size=axes.shape(cfg, specs, path, spec))
+        return jnp.asarray(drawn + (spec.init == "ones"), jnp.float32)
+
+    return axes.map_specs(leaf, specs)
+
+
 def make_elastic(pattern, targets, **choices):
     """A parent with a router that is already fitted to its budgets."""
     cfg = small(pattern)
-    axes = ej.ElasticConfig(tuple(choices.items()))
+    offered = ej.ElasticConfig(tuple(choices.items()))
     budgets = tuple((n, ej.Budget(t)) for n, t in zip(NAMES, targets, strict=True))
-    router = make_router(cfg, axes, len(budgets), hidden=16)
-    teacher = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), cfg)
-    return Elastic(cfg, teacher, router, budgets)
+    router = make_router(cfg, offered, len(budgets), hidden=16)
+    return Elastic(cfg, random_params(cfg), router, budgets)
 
 
 def fresh_router(elastic):
@@ -299,7 +309,7 @@ def test_weights_decay_where_something_is_contracted(elastic, fitted):
     assert not decays["embedding",] and not decays["final_norm",]
     assert decays["layers", 0, "up"] and decays["lm_head",]
     for path, expected in decays.items():
-        old, new = (ej.axes.leaf(t, path) for t in (elastic.teacher, state.params))
+        old, new = (axes.leaf(t, path) for t in (elastic.teacher, state.params))
         np.testing.assert_allclose(new, old * (0.95 if expected else 1), rtol=1e-6)
 
 
