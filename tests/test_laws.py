@@ -312,8 +312,11 @@ def test_slicing_compiles_once_for_equal_counts():
     params, specs = parent(cfg, jnp.float32), ej.param_specs(cfg)
     slice_fn = jax.jit(ej.slice_params, static_argnums=(1, 2))
     slice_fn(params, specs, ej.counts(cfg, embed=32))
+    compiled = slice_fn._cache_size()  # shared by all jits of one function
     slice_fn(params, ej.param_specs(cfg), ej.counts(cfg, embed=32))
-    assert slice_fn._cache_size() == 1
+    assert slice_fn._cache_size() == compiled
+    slice_fn(params, specs, ej.counts(cfg, embed=48))
+    assert slice_fn._cache_size() == compiled + 1
 
 
 def test_every_elastic_dimension_is_in_the_table():

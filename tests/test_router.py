@@ -1,5 +1,6 @@
 """The router's masks are the model's masks, and its loss leads every budget home."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,7 +28,7 @@ from elastic_jax.router import (
     soft_masks,
 )
 
-CFG = presets.tiny("MEM*-E")
+CFG = dataclasses.replace(presets.tiny("MEM*-E"), ssm_head_dim=16, ssm_state=16)
 SPECS = param_specs(CFG)
 DEPTH_RANKS = np.array([0, 5, 2, 1, 3, 4])
 
