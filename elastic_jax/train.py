@@ -31,7 +31,7 @@ from elastic_jax.axes import Counts, ParamSpecs
 from elastic_jax.config import ModelConfig
 from elastic_jax.curriculum import Stage, sample_budgets
 from elastic_jax.distill import cross_entropy_loss, distillation_loss
-from elastic_jax.elastic import Elastic, router_health, settled_counts  # noqa: F401
+from elastic_jax.elastic import Elastic, router_health
 from elastic_jax.model import hidden_states, param_specs
 from elastic_jax.nesting import slice_config, slice_params
 from elastic_jax.router import (
@@ -66,6 +66,7 @@ class TrainState(NamedTuple):
     moments: Any
 
 
+@functools.cache  # one object for one setting, so that jitted updates are shared
 def optimizer(
     specs: ParamSpecs,
     *,

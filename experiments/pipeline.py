@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import elastic_jax as ej
 from elastic_jax import checkpoint, data, fit, train
 from elastic_jax.axes import AXES, blocks_with
-from elastic_jax.curriculum import Stage
+from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.router import budget_input, make_router
 from experiments.settings import Plan
@@ -106,14 +106,15 @@ def run_stages(
     optimizer = train.optimizer(ej.param_specs(plan.cfg), weight_decay=weight_decay)
     state = train.init_state(params, optimizer, router)
     log = fit.MetricLog(folder / "metrics")
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(checkpoint.TrainCheckpoints(folder))
+    with contextlib.ExitStack() as shown, checkpoint.TrainCheckpoints(folder) as saved:
         bars: dict[str, Any] = {}
 
         def observe(stage, done, state, row):
             if stage.name not in bars:
-                bars.clear()
-                stack.enter_context(contextlib.closing(_Bar(stage, bars)))
+                shown.close()  # the bar of the stage before
+                bars[stage.name] = shown.enter_context(
+                    bar(stage.name, stage.total_steps)
+                )
             bars[stage.name](done, f"loss {row['loss']:.4f}")
             for cause in (k for k in row if k.startswith("alarm/")):
                 advice = fit.Alarms.ADVICE.get(cause.removeprefix("alarm/"), "")
@@ -129,7 +130,7 @@ def run_stages(
             ),
             optimizer=optimizer,
             identity=identity(plan, stages),
-            checkpoints=checkpoints,
+            checkpoints=saved,
             save_every=plan.values["save_every"],
             log_every=plan.values["log_every"],
             on_nonfinite=plan.values["on_nonfinite"],
@@ -137,17 +138,6 @@ def run_stages(
             **hooks | {"observe": observe},
         )
         return fit.fit(run, state, allow_changes=allow_changes)
-
-
-class _Bar:
-    """The bar of one stage, opened at its first step."""
-
-    def __init__(self, stage: Stage, bars: dict[str, Any]):
-        self._context = bar(stage.name, stage.total_steps)
-        bars[stage.name] = self._context.__enter__()
-
-    def close(self) -> None:
-        self._context.__exit__(None, None, None)
 
 
 def identity(plan: Plan, stages) -> dict[str, Any]:
@@ -168,7 +158,9 @@ def parent(
       Failed: it ended below its floor.
     """
     values, stage = plan.values["parent"], plan.parent_stage
-    problems = plan.tasks["parent"].problems(256, seed=plan.values["seed"] + 1)
+    problems = plan.tasks["parent"].problems(
+        values["problems"], seed=plan.values["seed"] + 1
+    )
 
     def accuracy(params) -> float:
         return float(np.mean(solve(params, plan.cfg, problems)))
@@ -187,7 +179,9 @@ def parent(
         "parent",
         (stage,),
         lambda stage, _: train.language_objective(plan.cfg, stage),
-        ej.init_params(jax.random.key(plan.values["seed"]), plan.cfg),
+        jax.jit(ej.init_params, static_argnums=1)(
+            jax.random.key(plan.values["seed"]), plan.cfg
+        ),
         weight_decay=values["weight_decay"],
         enough=enough,
         finish=finish,
@@ -281,7 +275,7 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
         metrics = ("reap", "mass", "frequency")
         cases += [("experts", m, found.with_experts(m)) for m in metrics]
     rows = []
-    with bar("orders", len(cases) + 1) as advance:
+    with bar("orders", len(cases) + ("layers" in asked)) as advance:
         for i, (axis, variant, ours) in enumerate(cases, start=1):
             full = getattr(cfg, axis)
             kept = _middle(cfg, axis)
@@ -351,11 +345,11 @@ def elastic_training(
     *,
     counts: Mapping[str, ej.Counts] | None = None,
     allow_changes: bool = False,
-) -> tuple[train.TrainState, dict[str, ej.Counts], train.Elastic]:
+) -> tuple[train.TrainState, dict[str, ej.Counts], Elastic]:
     """Distils all budgets at once; learns their counts unless they are given."""
     seed = plan.values["seed"]
     router = make_router(plan.cfg, plan.elastic, len(plan.budgets))
-    elastic = train.Elastic(
+    elastic = Elastic(
         cfg=plan.cfg,
         teacher=teacher,
         router=router,
@@ -386,7 +380,7 @@ def elastic_training(
 
     def finish(stage, state, facts):
         if stage.router == "train":
-            kept = train.settled_counts(elastic, state.router)
+            kept = settled_counts(elastic, state.router)
             return {"counts": {name: dict(c) for name, c in kept.items()}}
         return {}
 

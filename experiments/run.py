@@ -12,10 +12,11 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
-if "--config.smoke=True" in sys.argv:  # it compiles far longer than it computes
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    )
+
+from experiments import compilation  # noqa: E402
+
+if "--config.smoke=True" in sys.argv:
+    compilation.quick()
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402

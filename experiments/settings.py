@@ -7,8 +7,8 @@ values.
 import ast
 import difflib
 import importlib.util
-import math
 import pathlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
         else:
             flags[name] = value
     for name in ("config", "workdir"):
-        if name not in flags:
+        if not flags.get(name):
             problems.append(f"missing flag --{name}=...")
     config = _load(flags.get("config"), problems)
     if config is None:
@@ -163,7 +163,7 @@ class _Attempt:
 
 def _stage(name: str, group: dict[str, Any]) -> Stage:
     fields = {f: v for f, v in group.items() if f in Stage.__dataclass_fields__}
-    return Stage(name=name, **fields | {"sampling": group["sampling"] or None})
+    return Stage(name=name, **fields | {"sampling": group.get("sampling") or None})
 
 
 def _elastic(group: dict[str, Any]) -> ej.ElasticConfig:
@@ -177,6 +177,8 @@ def _budgets(group: dict[str, Any]) -> tuple[tuple[str, ej.Budget], ...]:
     names, targets = group["names"], group["targets"]
     if len(names) != len(targets) or not names:
         raise ValueError(f"budgets: {len(names)} names for {len(targets)} targets")
+    if odd := [name for name in names if not isinstance(name, str) or not name]:
+        raise ValueError(f"budgets.names: expected non-empty strings, got {odd}")
     return tuple(
         (name, ej.parse_budget(target, kind=group["kind"]))
         for name, target in zip(names, targets, strict=True)
@@ -204,25 +206,35 @@ def _odd_values(values, cfg, tasks) -> Iterator[str]:
         "save_every": values["save_every"],
         "log_every": values["log_every"],
         "parent.check_every": values["parent"]["check_every"],
+        "parent.problems": values["parent"]["problems"],
         "evaluation.problems": values["evaluation"]["problems"],
         "calibration.batch": values["calibration"]["batch"],
+        "calibration.rows": values["calibration"]["rows"],
+        "orders.rows": values["orders"]["rows"],
+        "orders.random": values["orders"]["random"],
     }
     for name, n in positive.items():
         if n < 1:
             yield f"{name}: expected at least 1, got {n}"
+    if (first := values["router"]["fit_first"]) < 0:
+        yield f"router.fit_first: expected a number of updates, at least 0, got {first}"
     if values["calibration"]["rows"] % max(1, values["calibration"]["batch"]):
         yield "calibration.rows: expected a multiple of calibration.batch"
-    for name in ("accuracy_target", "accuracy_floor"):
-        share = values["parent"][name]
-        if not 0 <= share <= 1 or not math.isfinite(share):
-            yield f"parent.{name}: expected a share in 0..1, got {share}"
+    shares = {
+        "parent.accuracy_target": values["parent"]["accuracy_target"],
+        "parent.accuracy_floor": values["parent"]["accuracy_floor"],
+        "router.hard_probability": values["router"]["hard_probability"],
+    }
+    for name, share in shares.items():
+        if not 0 <= share <= 1:  # false of NaN too
+            yield f"{name}: expected a share in 0..1, got {share}"
     task = tasks["parent"]
     if cfg is not None and task is not None and cfg.vocab < len(task.vocabulary):
         yield f"model.vocab {cfg.vocab}: the task needs {len(task.vocabulary)} tokens"
 
 
 def _load(path: str | None, problems: list[str]) -> ConfigDict | None:
-    if path is None:
+    if not path:
         return None
     file = pathlib.Path(path)
     if not file.is_file():
@@ -234,8 +246,21 @@ def _load(path: str | None, problems: list[str]) -> ConfigDict | None:
         return None
     spec = importlib.util.spec_from_file_location("experiment_config", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config() returned {type(config).__name__}")
+    except Exception as error:  # the file is the user's: anything may go wrong in it
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == str(file)]
+        where = f"{file}:{lines[-1]}" if lines else str(file)
+        problems.append(
+            f"--config={path}: {type(error).__name__} at {where}: {error}; expected "
+            "a Python file with get_config() that returns a ConfigDict"
+        )
+        return None
+    return config
 
 
 def _override(config: ConfigDict, name: str, text: str) -> Iterator[str]:
@@ -274,8 +299,13 @@ def _lay_over(values: dict[str, Any], changes: dict[str, Any], at="") -> Iterato
     for name, change in changes.items():
         if name not in values:
             yield f"when_smoke.{at}{name}: no such field{_did_you_mean(name, values)}"
-        elif isinstance(change, dict):
+        elif isinstance(change, dict) and isinstance(values[name], dict):
             yield from _lay_over(values[name], change, f"{at}{name}.")
+        elif type(change) is not type(values[name]):
+            yield (
+                f"when_smoke.{at}{name}: expected {type(values[name]).__name__}, such "
+                f"as {values[name]!r}, got {change!r}"
+            )
         else:
             values[name] = change
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import pytest
 
+from experiments import compilation
+
 # Read by JAX when it is imported, which the tests do later.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
+compilation.quick("--xla_force_host_platform_device_count=8")
 
 ROOT = pathlib.Path(__file__).parents[1]
 

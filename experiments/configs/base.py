@@ -8,7 +8,7 @@ of the stages; each has a group of its own. `when_smoke` is laid over the rest b
 from ml_collections import config_dict
 
 
-def stage(**changes):
+def training(**changes):
     """Fields as of `elastic_jax.curriculum.Stage`, and the length of the chains."""
     fields = {
         "steps": 300,
@@ -16,16 +16,23 @@ def stage(**changes):
         "batch": 32,
         "micro_batch": 16,
         "learning_rate": 1e-3,
-        "router_learning_rate": 1e-2,
         "warmup_steps": 20,
         "final_learning_rate": 0.1,
-        "sampling": (),
-        "router": "train",
-        "budget_loss_weight": 10.0,
         "min_steps": 2,
         "max_steps": 6,
     }
     return config_dict.create(**(fields | changes))
+
+
+def stage(**changes):
+    """A stage of elastic training: one that has budgets and a router."""
+    fields = {
+        "sampling": (),  # () is uniform
+        "router": "train",
+        "router_learning_rate": 1e-2,
+        "budget_loss_weight": 10.0,
+    }
+    return training(**(fields | changes))
 
 
 def get_config():
@@ -60,11 +67,14 @@ def get_config():
         routed_scaling_factor=2.5,
         norm_eps=1e-5,
     )
-    config.parent = stage(steps=800, learning_rate=6e-3, warmup_steps=30, max_steps=8)
+    config.parent = training(
+        steps=800, learning_rate=6e-3, warmup_steps=30, max_steps=8
+    )
     config.parent.weight_decay = 0.5  # lets units that are not needed fade
     config.parent.accuracy_target = 0.98
     config.parent.accuracy_floor = 0.95
     config.parent.check_every = 100
+    config.parent.problems = 256
 
     config.calibration = config_dict.create(rows=128, batch=32)
     config.orders = config_dict.create(axes=(), random=5, rows=64)  # () is all

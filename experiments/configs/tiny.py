@@ -13,7 +13,6 @@ def get_config():
     config.when_smoke.update(
         {
             "model": {"pattern": "ME*"},
-            "save_every": 4,
             "log_every": 2,
             "parent": {
                 "steps": 6,
@@ -22,10 +21,12 @@ def get_config():
                 "warmup_steps": 2,
                 "accuracy_floor": 0.0,
                 "check_every": 6,
+                "problems": 16,  # as many as evaluated: one shape, one compilation
             },
             "calibration": {"rows": 16, "batch": 8},
             "orders": {"axes": ("expert_ffn",), "random": 1, "rows": 8},
             "router": {"fit_first": 300},
+            "budgets": {"names": ("full", "small"), "targets": (1.0, 0.58)},
             "stages": {
                 "short": {"steps": 6, "batch": 8, "micro_batch": 4, "warmup_steps": 2},
                 "long": {
@@ -34,6 +35,7 @@ def get_config():
                     "batch": 8,
                     "micro_batch": 4,
                     "warmup_steps": 2,
+                    "sampling": (1.0, 1.0),
                 },
             },
             "evaluation": {"problems": 16},

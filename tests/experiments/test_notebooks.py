@@ -45,7 +45,7 @@ def test_it_shows_what_it_claims(executed):
 
     gaps = printed(with_source(executed, "from its slice")).splitlines()
     named = {line.split()[0]: line.split() for line in gaps}
-    assert set(named) == {"full", "mid", "small", "unplanned"}
+    assert set(named) == {"full", "small", "unplanned"}
     for name, words in named.items():
         from_slice, from_parent = float(words[4]), float(words[-1])
         assert from_slice < 1e-5

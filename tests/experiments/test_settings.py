@@ -35,6 +35,15 @@ MISTAKES = {
     "--config.controls=half": ["controls", "'full'", "'half'"],
     "--config.on_nonfinite=ignore": ["on_nonfinite", "'skip'", "'ignore'"],
     "--config.parent.accuracy_floor=1.5": ["accuracy_floor", "0..1", "1.5"],
+    "--config.parent.accuracy_target=nan": ["accuracy_target", "0..1", "nan"],
+    "--config.router.hard_probability=7": ["router.hard_probability", "0..1", "7"],
+    "--config.router.fit_first=-1": ["router.fit_first", "at least 0", "-1"],
+    "--config.calibration.rows=0": ["calibration.rows", "at least 1", "got 0"],
+    "--config.orders.rows=0": ["orders.rows", "at least 1", "got 0"],
+    "--config.orders.random=-1": ["orders.random", "at least 1", "got -1"],
+    "--config.budgets.names=('full',2,'')": ["budgets.names", "[2, '']"],
+    "--config.parent.sampling=(1.0,)": ["unknown", "parent.sampling"],
+    "--config.parent.router=frozen": ["unknown", "parent.router"],
     "workdir": ["'workdir'", "--name=value"],
 }
 
@@ -95,9 +104,51 @@ def test_a_missing_file_is_reported_with_the_other_flags(tmp_path):
     assert "Traceback" not in output and not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def get_config(:", "SyntaxError at FILE"),
+        ("import nowhere_at_all", "ModuleNotFoundError at FILE:1"),
+        ("x = 1", "AttributeError"),
+        ("\ndef get_config():\n    return 1 / 0", "ZeroDivisionError at FILE:3"),
+        ("def get_config():\n    return {}", "returned dict"),
+        (
+            "from experiments.configs import base\n"
+            "def get_config():\n"
+            "    config = base.get_config()\n"
+            "    config.save_every = 'often'\n"
+            "    return config",
+            "TypeError at FILE:4",
+        ),
+    ],
+)
+def test_a_file_that_makes_no_configuration_is_named(text, words, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    message = refused(f"--config={file}", "--workdir=x")
+    assert words.replace("FILE", str(file)) in message
+    assert "returns a ConfigDict" in message
+
+
+def test_what_is_laid_over_for_smoke_must_fit(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from experiments.configs import base\n"
+        "def get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.smoke = True\n"
+        "    config.when_smoke.update({'save_every': 'often', 'stages': 3})\n"
+        "    return config"
+    )
+    message = refused(f"--config={file}", "--workdir=x")
+    assert "when_smoke.save_every: expected int, such as 100, got 'often'" in message
+    assert "when_smoke.stages: expected dict" in message
+
+
 def test_required_flags_are_asked_for():
     message = refused()
     assert "--config=" in message and "--workdir=" in message
+    assert "--workdir=" in refused(f"--config={TINY}", "--workdir=")
 
 
 def test_a_value_of_a_parameter_cannot_be_code(tmp_path):
