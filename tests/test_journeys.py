@@ -21,7 +21,7 @@ def test_an_experiment_leaves_what_it_promises(smoke_workdir):
     for budget in results["budgets"]:
         assert abs(budget["cost_over_target"] - 1) <= ZONE
     counts = [json.dumps(b["counts"], sort_keys=True) for b in results["budgets"]]
-    assert len(set(counts)) == 3
+    assert len(set(counts)) == len(counts)
     assert {"parent", "scores", "elastic", "controls"} <= set(results["seconds"])
     assert results["parent"]["floor"] == 0
     report = (smoke_workdir / "report.md").read_text()
