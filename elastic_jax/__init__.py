@@ -41,6 +41,8 @@ _ON_FIRST_USE = {
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",
     "generate": "generate",
+    "from_hf": "huggingface",
+    "to_hf": "huggingface",
 }
 
 __all__ = [

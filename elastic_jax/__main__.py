@@ -1,39 +1,178 @@
-"""The command line: `python -m elastic_jax inspect CHECKPOINT`.
+"""The command line: `python -m elastic_jax inspect|import|export|slice ...`.
 
-It parses, calls and prints. Exit codes: 0 done, 2 the input is wrong.
+It parses, calls and prints. Exit codes: 0 done, 2 the input is wrong, 1 anything else,
+such as a full disk.
 """
 
 import argparse
 import collections
+import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.pretty import Pretty
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import elastic_jax as ej
+from elastic_jax import convert
 from elastic_jax.nesting import full_counts
 from elastic_jax.tables import format_bytes, format_count, format_share
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What a checkpoint says of itself is text, never markup.
+CONSOLE = {"markup": False, "emoji": False, "highlight": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
-    parser = argparse.ArgumentParser(prog="python -m elastic_jax")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="print what a checkpoint holds")
-    inspect.add_argument("checkpoint", help="directory of a nested checkpoint")
-    inspect.set_defaults(tables=lambda given: _inspect(given.checkpoint))
-    given = parser.parse_args(arguments)
-    # What a checkpoint says of itself is text, never markup.
-    console = Console(markup=False, emoji=False, highlight=False)
+    given = _parser().parse_args(arguments)
+    console = Console(**CONSOLE)
+    # So that a command that is told to stop leaves no half-written directory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        for table in given.tables(given):
-            console.print(table)
-    except (ValueError, OSError) as error:
+        for shown in given.run(given):
+            console.print(shown, soft_wrap=isinstance(shown, str))
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m elastic_jax")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="print what a checkpoint holds")
+    inspect.add_argument("checkpoint", help="directory of a nested checkpoint")
+    inspect.set_defaults(run=lambda given: _inspect(given.checkpoint))
+
+    reader = commands.add_parser("import", help="Hugging Face -> nested checkpoint")
+    reader.add_argument("directory", help="config.json and safetensors")
+    reader.add_argument("checkpoint", help="nested checkpoint to write")
+    reader.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="NAME:AXIS=N,...",
+        help="name a submodel of weights that are in importance order; repeatable",
+    )
+    reader.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="take NaN, infinite and dead weights all the same",
+    )
+    reader.set_defaults(run=_import)
+
+    writer = commands.add_parser("export", help="submodel -> Hugging Face")
+    writer.add_argument("checkpoint", help="nested checkpoint to read")
+    writer.add_argument("directory", help="Hugging Face directory to write")
+    writer.add_argument("--dtype", choices=DTYPES, help="cast; default: as stored")
+    writer.add_argument(
+        "--uniform",
+        action="store_true",
+        help="fill blocks of differing widths up with zeros, where that is exact",
+    )
+    writer.set_defaults(run=_export)
+
+    cutter = commands.add_parser("slice", help="submodel -> nested checkpoint")
+    cutter.add_argument("checkpoint", help="nested checkpoint to read")
+    cutter.add_argument("smaller", help="nested checkpoint to write")
+    cutter.set_defaults(run=_slice)
+
+    for command, required in ((writer, False), (cutter, True)):
+        command.add_argument(
+            "--budget",
+            required=required,
+            metavar="NAME|AXIS=N,...",
+            help="a budget's name, or counts such as embed=1920,expert_ffn=960",
+        )
+    for command in (reader, writer, cutter):
+        command.add_argument(
+            "--force", action="store_true", help="replace what is there"
+        )
+    return parser
+
+
+def _import(given) -> Iterator[str]:
+    with _bars() as progress:
+        notes = convert.import_hf(
+            given.directory,
+            given.checkpoint,
+            budgets=dict(map(_named_counts, given.budget)),
+            allow_nonfinite=given.allow_nonfinite,
+            overwrite=given.force,
+            progress=progress,
+        )
+    yield from notes
+    yield f"written: {given.checkpoint}"
+
+
+def _export(given) -> Iterator[str]:
+    with _bars() as progress:
+        notes = convert.export_hf(
+            given.checkpoint,
+            given.directory,
+            given.budget and convert.parse_budget_or_counts(given.budget),
+            dtype=given.dtype and DTYPES[given.dtype],
+            pad_to_uniform=given.uniform,
+            overwrite=given.force,
+            progress=progress,
+        )
+    yield from notes
+    yield f"written: {given.directory}"
+
+
+def _slice(given) -> Iterator[str]:
+    with _bars() as progress:
+        notes = convert.slice_nested(
+            given.checkpoint,
+            given.smaller,
+            convert.parse_budget_or_counts(given.budget),
+            overwrite=given.force,
+            progress=progress,
+        )
+    yield from notes
+    yield f"written: {given.smaller}"
+
+
+def _named_counts(text: str) -> tuple[str, dict]:
+    name, _, counts = text.partition(":")
+    parsed = convert.parse_budget_or_counts(counts)
+    if not name or not isinstance(parsed, dict):
+        raise ValueError(f"--budget {text!r}: expected NAME:AXIS=N,AXIS=N,...")
+    return name, parsed
+
+
+@contextlib.contextmanager
+def _bars():
+    """Yields `progress(what, done, total)` in bytes, with the time left."""
+    columns = (
+        TextColumn("{task.description:<6}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True, **CONSOLE)) as shown:
+        tasks: dict[str, int] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done)
+
+        yield progress
 
 
 def _inspect(path: str) -> Iterator[Table]:

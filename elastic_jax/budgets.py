@@ -138,11 +138,8 @@ def accept(
     *,
     cache_specs=None,
     depth_ranks=None,
-) -> tuple[str, ...]:
+) -> None:
     """Whether the counts that a router settled on are what was asked for.
-
-    Returns:
-      lines for the log: which budgets are not nested in the next larger one.
 
     Raises:
       ValueError: a budget outside its zone, two equal budgets, or a full budget that
@@ -180,12 +177,20 @@ def accept(
         problems.append("train the router longer or raise budget_loss_weight")
         raise ValueError("the router missed its budgets:\n  " + "\n  ".join(problems))
 
-    names = [name for name, _ in budgets]
-    return tuple(
+
+def not_nested(counts_by_budget: Mapping[str, Counts], cfg: ModelConfig) -> list[str]:
+    """Lines for the log: budgets that are not nested in the next larger one.
+
+    Each is a prefix of the parent all the same.
+
+    Args:
+      counts_by_budget: in descending order of cost.
+    """
+    return [
         f"{small} is not nested in {large}"
-        for large, small in itertools.pairwise(names)
+        for large, small in itertools.pairwise(counts_by_budget)
         if not nesting.nested(cfg, counts_by_budget[small], counts_by_budget[large])
-    )
+    ]
 
 
 def depth_choices(depth_ranks, options: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -6,7 +6,7 @@ of one are reported together.
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -191,7 +191,7 @@ def _problems(cfg: ModelConfig):
                     yield f"{name}: expected an int in 1..{LARGEST_SIZE}, got {n!r}"
         elif field.type is float:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
+            if not number or not 0 < value <= sys.float_info.max:
                 yield f"{name}: expected a positive finite number, got {value!r}"
 
     if not all(_is_int(n) and n > 0 for n in (cfg.n_group, cfg.topk_group, cfg.top_k)):

@@ -6,7 +6,11 @@ position; its state also records what the position belongs to, because the same
 number on other data would resume silently in the wrong place.
 """
 
+import bisect
 import hashlib
+import itertools
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -72,6 +76,55 @@ class Arrays:
         return seen.hexdigest()
 
 
+class Mixture:
+    """Several sources in one, drawn in proportion to their weights.
+
+    Indices run through the sources, one behind the other; `batches` shuffles and
+    repeats each by itself, so that a small source may come round more often.
+
+    Args:
+      weights: one positive number per source, kept to a hundredth of the smallest.
+
+    Raises:
+      ValueError: with everything that does not fit.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        problems = [
+            f"sources[{i}]: no examples"
+            for i, source in enumerate(sources)
+            if not len(source)
+        ]
+        if len(weights) != len(sources) or not sources:
+            problems.append(f"{len(weights)} weights for {len(sources)} sources")
+        if odd := [w for w in weights if not 0 < w < math.inf]:
+            problems.append(f"weights: expected positive numbers, got {odd}")
+        if problems:
+            raise ValueError("invalid Mixture:\n  " + "\n  ".join(problems))
+        self._sources, self.weights = tuple(sources), tuple(map(float, weights))
+        self._ends = list(itertools.accumulate(map(len, sources)))
+
+    @property
+    def ranges(self) -> list[range]:
+        """The indices of each source."""
+        return list(itertools.starmap(range, itertools.pairwise([0, *self._ends])))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        return self._sources[number][index - self.ranges[number].start]
+
+    def digest(self) -> str:
+        """SHA-256 of the sources' digests and weights, in order."""
+        parts = zip(self._sources, self.weights, strict=True)
+        each = [[source.digest(), weight] for source, weight in parts]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+
 def batches(
     source: Source,
     *,
@@ -85,7 +138,8 @@ def batches(
 
     Args:
       batch: examples per step. No example is left out: with `repeat` batches run
-        across the end of an epoch, without it the last one may be smaller.
+        across the end of an epoch, without it the last one may be smaller. A
+        mixture has no epoch of its own, so it must repeat.
       seed: of the order, 0 .. 2**32 - 1; every epoch is shuffled anew.
       threads: that read ahead; 0 reads when asked.
 
@@ -101,12 +155,19 @@ def batches(
         problems.append(f"threads: expected an int from 0, got {threads!r}")
     if not 0 < len(source) <= 2**32:
         problems.append(f"source: {len(source)} examples, expected 1..2**32")
+    if isinstance(source, Mixture) and not repeat:
+        problems.append("repeat: expected True, a mixture has no end")
     if problems:
         raise ValueError("invalid batches:\n  " + "\n  ".join(problems))
 
-    order = grain.MapDataset.range(len(source)).seed(seed)
-    order = order.shuffle() if shuffle else order
-    order = order.repeat() if repeat else order
+    if isinstance(source, Mixture):
+        orders = [
+            _order(indices, (seed + number) % 2**32, shuffle, repeat)
+            for number, indices in enumerate(source.ranges)
+        ]
+        order = grain.MapDataset.mix(orders, weights=source.weights)
+    else:
+        order = _order(range(len(source)), seed, shuffle, repeat)
     rows = order.map(lambda index: (index, source[int(index)]))
     stacked = rows.batch(batch, drop_remainder=False, batch_fn=_stack)
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -118,6 +179,13 @@ def batches(
         "repeat": repeat,
     }
     return Batches(iter(stacked.to_iter_dataset(reading)), belongs_to)
+
+
+def _order(indices: range, seed: int, shuffle: bool, repeat: bool):
+    """`indices` in the order in which they are drawn, any of them at random access."""
+    order = grain.MapDataset.range(indices.start, indices.stop).seed(seed)
+    order = order.shuffle() if shuffle else order
+    return order.repeat() if repeat else order
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

@@ -5,11 +5,11 @@ shape it: what was not measured is said where it would have stood, and nobody is
 called the winner where the difference could be chance.
 """
 
-import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_jax.measures import DIVERGENCE, MEASURES, Measure
 from elastic_jax.tables import (
     format_bytes,
     format_count,
@@ -23,16 +23,20 @@ from elastic_jax.tables import (
 
 Results = Mapping[str, Any]
 
-ANSWERS = "exact answers"
-EXPECTED = (ANSWERS, "KL after 50 steps", "KL after 100 steps", "KL at the end")
+EXPECTED = ("KL after 50 steps", "KL after 100 steps", "KL at the end")
 BELOW_ALL = "Ours is below every random order"
 BELOW_MEAN = "Ours is below their mean, not below every one"
 NOT_BELOW = "Ours is not below their mean"
-CLEAR_SHARE, CLEAR_NATS = 0.05, 1e-3  # two KLs closer than either are a tie
+SLICES = (
+    "of slices that are read from the nested checkpoint. *Untrained* is the same slice "
+    "of the permuted parent before training; *random order* was trained alike, at the "
+    "same counts, from a parent permuted at random; *KL* is from the parent, in nats "
+    "per token of held-out rows."
+)
 SHOWN = set(
-    "title command date versions device smoke seconds parent budgets evaluation "
-    "divergence orders importance never_routed router metrics parent_metrics "
-    "alarms".split()
+    "title measure command date versions device smoke seconds parent budgets "
+    "evaluation divergence orders importance never_routed router metrics "
+    "parent_metrics alarms".split()
 )
 
 
@@ -43,44 +47,45 @@ def compare(results: Results) -> list[dict[str, Any]]:
       one row for every budget and measure that both have: `budget`, `measure`,
       `ours`, `random` (one value per seed), `winner`: "ours", "random" or None, and
       `margin`, the difference in words. A winner differs from all seeds in one
-      direction, and from their mean by two standard errors of the difference of two
-      proportions (accuracy) or by 5% and 0.001 nats (KL).
+      direction, and from their mean by more than chance, as the measure has it.
     """
-    controls = dict(results.get("divergence") or {})
+    controls, own = dict(results.get("divergence") or {}), measure(results).name
     main, rows = controls.pop("main", {}), []
     for budget in results["budgets"]:
         name = budget["name"]
-        measured = {ANSWERS: (budget.get("accuracy"), budget.get("random_accuracy"))}
+        measured = {own: (budget.get("value"), budget.get("random_values"))}
         for at, nats in main.get(name, {}).items():
             seeds = [control.get(name, {}).get(at) for control in controls.values()]
             seeds = [value for value in seeds if value is not None]
             when = "at the end" if at == "end" else f"after {at} steps"
             measured[f"KL {when}"] = (nats, seeds)
-        for measure, (ours, seeds) in measured.items():
+        for label, (ours, seeds) in measured.items():
             if ours is None or not seeds:
                 continue
-            row = {"budget": name, "measure": measure, "ours": ours, "random": seeds}
-            rows.append(row | _verdict(row, _problems(results)))
+            row = {"budget": name, "measure": label, "ours": ours, "random": seeds}
+            rows.append(row | _verdict(row, results.get("evaluation") or {}))
     return rows
 
 
-def _verdict(row, problems):
+def measure(results: Results) -> Measure:
+    """What the budgets of a run were judged by."""
+    return MEASURES[results["measure"]]
+
+
+def _of(row) -> Measure:
+    """The measure of a comparison: the run's own, or a divergence."""
+    return MEASURES.get(row["measure"], DIVERGENCE)
+
+
+def _verdict(row, evaluation):
     """Who wins, and by how much."""
-    ours, seeds = row["ours"], row["random"]
+    ours, seeds, judge = row["ours"], row["random"], _of(row)
     mean = statistics.fmean(seeds)
     apart = all(seed < ours for seed in seeds) or all(seed > ours for seed in seeds)
-    if row["measure"] == ANSWERS:
-        gain, p = ours - mean, statistics.fmean([ours, *seeds])
-        spread = p * (1 - p) * (1 + 1 / len(seeds))
-        chance = 2 * math.sqrt(spread / problems) if problems else math.inf
-        margin = f"{100 * abs(gain):.1f} points"
-    else:
-        gain, size = mean - ours, max(abs(ours), abs(mean))
-        chance = max(CLEAR_SHARE * size, CLEAR_NATS)
-        margin = f"{abs(gain) / size:.0%}" if gain else "0%"
+    gain = judge.gain(ours, mean)
+    clear = apart and abs(gain) > judge.chance(ours, seeds, evaluation)
     winner = "ours" if gain > 0 else "random"
-    clear = apart and abs(gain) > chance
-    return {"winner": winner if clear else None, "margin": margin}
+    return {"winner": winner if clear else None, "margin": judge.margin(ours, mean)}
 
 
 def head(results: Results) -> list[str]:
@@ -105,19 +110,22 @@ def head(results: Results) -> list[str]:
 
 def _findings(results):
     parent, (full, *smaller) = results.get("parent") or {}, results["budgets"]
-    yield _parent(parent)
-    if None not in (parent.get("accuracy"), full.get("accuracy")):
-        points = 100 * (full["accuracy"] - parent["accuracy"])
-        where = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
-        where = where if round(points, 1) else "level with"
+    judge = measure(results)
+    yield _parent(parent, judge)
+    if None not in (parent.get("value"), full.get("value")):
+        gain = judge.gain(full["value"], parent["value"])
+        where = f"{judge.margin(full['value'], parent['value'])} "
+        where += "better than" if gain > 0 else "worse than"
+        if judge.form(full["value"]) == judge.form(parent["value"]):
+            where = "level with"
         yield f"`{full['name']}` ends {where} the parent."
     for budget in smaller:
-        if budget.get("accuracy") is not None:
+        if budget.get("value") is not None:
             share = budget["active_params"] / full["active_params"]
             yield (
-                f"`{budget['name']}`, {share:.0%} of the active parameters, answers "
-                f"{format_share(budget['accuracy'])} exactly; the same slice "
-                f"untrained: {format_share(budget.get('untrained_accuracy'))}."
+                f"`{budget['name']}`, {share:.0%} of the active parameters: "
+                f"{judge.form(budget['value'])} {judge.name}; the same slice "
+                f"untrained: {judge.form(budget.get('untrained_value'))}."
             )
     yield _score(compare(results))
     alarms = (results.get("alarms") or {}).items()
@@ -125,20 +133,24 @@ def _findings(results):
         yield f"Alarms: {_and(f'`{cause}` {n} times' for cause, n in alarms)}."
 
 
-def _parent(parent):
-    if parent.get("accuracy") is None:
-        return "*The parent's accuracy was not recorded.*"
-    text = f"The parent answers {format_share(parent['accuracy'])} of problems exactly"
+def _parent(parent, judge):
+    if parent.get("value") is None:
+        return "*The parent was not evaluated.*"
+    text = "The parent"
+    if "imported" in parent:
+        text += f", imported from `{parent['imported']}`,"
+    text += f" has {judge.form(parent['value'])} {judge.name}"
     if "steps" in parent:
         text += f" after {format_count(parent['steps'])} steps"
     limits = []
     if parent.get("target") is not None:
-        limits.append(f"training stops at {format_share(parent['target'])}")
-    if parent.get("floor") is not None:
+        limits.append(f"training stops at {judge.form(parent['target'])}")
+    if (floor := parent.get("floor")) is not None:
+        worse = "under" if judge.higher_is_better else "over"
         limits.append(
-            f"under {format_share(parent['floor'])} the run fails"
-            if parent["floor"] > 0
-            else "its floor is 0: any parent is accepted"
+            f"its floor is {judge.form(floor)}: any parent is accepted"
+            if floor == judge.worst
+            else f"{worse} {judge.form(floor)} the run fails"
         )
     return f"{text} ({'; '.join(limits)})." if limits else f"{text}."
 
@@ -155,9 +167,9 @@ def _score(rows):
     )
 
 
-def accuracy(results: Results, picture: str) -> list[str]:
-    """Every budget: what it costs, and what it answers."""
-    budgets = results["budgets"]
+def quality(results: Results, picture: str) -> list[str]:
+    """Every budget: what it costs, and how good it is."""
+    budgets, judge = results["budgets"], measure(results)
     columns = {
         "budget": lambda b: b["name"],
         "active parameters": lambda b: format_count(b["active_params"]),
@@ -165,48 +177,38 @@ def accuracy(results: Results, picture: str) -> list[str]:
         "weights in bf16": lambda b: format_bytes(b.get("weight_bytes")),
         "target": lambda b: format_share(b.get("target")),
         "cost / target": lambda b: format_ratio(b.get("cost_over_target")),
-        ANSWERS: lambda b: format_share(b.get("accuracy")),
-        "untrained": lambda b: format_share(b.get("untrained_accuracy")),
-        "random order": lambda b: format_several(
-            b.get("random_accuracy"), format_share
-        ),
+        judge.name: lambda b: judge.form(b.get("value")),
+        "untrained": lambda b: judge.form(b.get("untrained_value")),
+        "random order": lambda b: format_several(b.get("random_values"), judge.form),
+        "KL": lambda b: format_nats(b.get("kl")),
+        "KL untrained": lambda b: format_nats(b.get("untrained_kl")),
     }
-    parts = ["## Accuracy", _evaluation(results), picture]
+    how = judge.method(results.get("evaluation") or {})
+    heading = judge.name[0].upper() + judge.name[1:]
+    parts = [f"## {heading}", f"{how}, {SLICES}", picture]
     parts.append(markdown_table(budgets, columns))
     missing = [
         what
         for key, what in (
-            ("accuracy", "trained budgets"),
-            ("untrained_accuracy", "untrained slices"),
-            ("random_accuracy", "the control from a random order"),
+            ("value", "trained budgets"),
+            ("untrained_value", "untrained slices"),
+            ("random_values", "the control from a random order"),
+            ("kl", "the KL of restored slices"),
         )
         if all(budget.get(key) in (None, []) for budget in budgets)
     ]
     if missing:
-        parts.append(f"*Answers were not measured of {_and(missing)}.*")
-    lengths = {n for b in budgets for n in b.get("accuracy_by_steps") or {}}
-    if not lengths:
-        return [*parts, "*Accuracy by length of a problem was not recorded.*"]
-    columns = {ANSWERS: lambda b: b["name"]}
-    for n in sorted(lengths, key=int):
-        columns[f"{n} steps"] = lambda b, n=n: format_share(
-            (b.get("accuracy_by_steps") or {}).get(n)
-        )
-    return [*parts, "By length of the problem:", markdown_table(budgets, columns)]
-
-
-def _evaluation(results):
-    seen, text = results.get("evaluation") or {}, ""
-    if "problems" in seen:
-        text += f" to {format_count(seen['problems'])} problems"
-    if "min_steps" in seen and "max_steps" in seen:
-        text += f" of {seen['min_steps']} to {seen['max_steps']} steps"
-    return (
-        f"Answers are generated{text}, by slices that are read from the nested "
-        "checkpoint. *Untrained* is the same slice of the permuted parent before "
-        "training; *random order* was trained alike, at the same counts, from a parent "
-        "permuted at random."
-    )
+        parts.append(f"*Not measured: {_and(missing)}.*")
+    names = dict.fromkeys(name for b in budgets for name in b.get("parts") or {})
+    if all(budget.get("parts") is None for budget in budgets):
+        parts.append(f"*{heading} by {judge.parts} were not recorded.*")
+    if not names:
+        return parts
+    columns = {judge.name: lambda b: b["name"]}
+    part = lambda budget, name: (budget.get("parts") or {}).get(name)
+    for name in names:
+        columns[name] = lambda b, name=name: judge.form(part(b, name))
+    return [*parts, f"By {judge.parts}:", markdown_table(budgets, columns)]
 
 
 def against_random(results: Results) -> list[str]:
@@ -215,15 +217,10 @@ def against_random(results: Results) -> list[str]:
     parts = ["## Who wins: importance order or random order", _score(rows)]
     if not rows:
         return parts
-    seeds, problems = max(len(row["random"]) for row in rows), _problems(results)
-    chance = (
-        f"An accuracy differs by more than two standard errors over {problems} problems"
-        if problems
-        else "The number of problems is unknown, so no accuracy is called different"
-    )
+    seeds, evaluation = max(len(r["random"]) for r in rows), results.get("evaluation")
+    rules = (judge.rule(evaluation or {}) for judge in (measure(results), DIVERGENCE))
     parts.append(
-        f"{chance}, a KL by more than {CLEAR_SHARE:.0%} and {CLEAR_NATS} nats per "
-        "token. "
+        f"Too close to call are differences up to {_and(rules)}. "
         + (
             "The control was run with one seed: how seeds differ is not known."
             if seeds == 1
@@ -231,36 +228,33 @@ def against_random(results: Results) -> list[str]:
         )
     )
     measures = list(dict.fromkeys(row["measure"] for row in rows))
-    parts.append(_bullets(_winners(measure, rows) for measure in measures))
-    missing = [measure for measure in EXPECTED if measure not in measures]
+    parts.append(_bullets(_winners(label, rows) for label in measures))
+    expected = measure(results).name, *EXPECTED
+    missing = [label for label in expected if label not in measures]
     if missing:
         parts.append(f"*Not measured on both sides: {_and(missing)}.*")
     columns = {
         "budget": lambda row: row["budget"],
         "measure": lambda row: row["measure"],
-        "ours": lambda row: _form(row)(row["ours"]),
-        "random order": lambda row: format_several(row["random"], _form(row)),
+        "ours": lambda row: _of(row).form(row["ours"]),
+        "random order": lambda row: format_several(row["random"], _of(row).form),
         "difference": lambda row: row["margin"],
         "winner": lambda row: row["winner"] or "too close",
     }
     return [*parts, markdown_table(rows, columns)]
 
 
-def _form(row):
-    return format_share if row["measure"] == ANSWERS else format_nats
-
-
-def _winners(measure, rows):
+def _winners(label, rows):
     """One measure in words."""
     found = {"ours wins at": [], "random wins at": [], "too close to call at": []}
     for row in rows:
-        if row["measure"] == measure and row["winner"]:
+        if row["measure"] == label and row["winner"]:
             by = f"`{row['budget']}` by {row['margin']}"
             found[f"{row['winner']} wins at"].append(by)
-        elif row["measure"] == measure:
+        elif row["measure"] == label:
             found["too close to call at"].append(f"`{row['budget']}`")
     said = (f"{what} {_and(where)}" for what, where in found.items() if where)
-    return f"{measure[0].upper()}{measure[1:]}: {'; '.join(said)}."
+    return f"{label[0].upper()}{label[1:]}: {'; '.join(said)}."
 
 
 def router(results: Results, picture: str) -> list[str]:
@@ -334,12 +328,13 @@ def training(results: Results, picture: str) -> list[str]:
     parts = ["## Training", picture]
     rows = results.get("parent_metrics") or ()
     losses = [row["loss"] for row in rows if "loss" in row]
-    parts.append(
-        f"The parent's own loss went from {format_nats(losses[0])} to "
-        f"{format_nats(losses[-1])} nats per token."
-        if losses
-        else "*The parent's losses were not recorded.*"
-    )
+    if losses:
+        parts.append(
+            f"The parent's own loss went from {format_nats(losses[0])} to "
+            f"{format_nats(losses[-1])} nats per token."
+        )
+    elif "imported" not in (results.get("parent") or {}):
+        parts.append("*The parent's losses were not recorded.*")
     alarms = results.get("alarms")
     if not alarms:
         unknown = "*Alarms were not recorded.*"
@@ -362,10 +357,6 @@ def times(results: Results) -> list[str]:
     if unknown:
         parts.append(f"Not shown here, in the results only: {_and(unknown)}.")
     return parts
-
-
-def _problems(results):
-    return (results.get("evaluation") or {}).get("problems")
 
 
 def _bullets(lines):

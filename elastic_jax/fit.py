@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from elastic_jax.checkpoint import TrainCheckpoints
 from elastic_jax.curriculum import Stage
 from elastic_jax.data import Batches
 from elastic_jax.manifest import plain
 from elastic_jax.metrics import Alarms, MetricLog
+from elastic_jax.saves import TrainCheckpoints
 from elastic_jax.train import Objective, TrainState, update
 
 EXIT_STOPPED = 75

@@ -7,7 +7,6 @@ before anybody allocates for it.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -26,9 +25,10 @@ import jax.numpy as jnp
 
 from elastic_jax import axes
 from elastic_jax.axes import AXES
+from elastic_jax.directories import LOCK
 
 FORMAT, VERSION = "elastic_jax", 1
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 MEMBERS = {"sha256", "format", "version", "kind", "folder", "files", "arrays", "record"}
 FOLDER = re.compile(r"arrays-[0-9a-f]{8}")
 
@@ -38,6 +38,7 @@ WHOLE_CHUNK_BYTES = 2**20
 # Weights shrink by a third, zeros by thousands. What claims more than this is refused,
 # here and when it is saved: it could make a reader allocate at will.
 LARGEST_EXPANSION = 2**10
+LARGEST_MANIFEST_BYTES = 2**23  # 30 000 arrays; parsed, the worst takes twenty times it
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ def write_manifest(
         "record": record,
     }
     _refuse(_array_problems(arrays, sum(manifest["files"].values())))
+    text = json.dumps({"sha256": _digest(manifest), **manifest}, indent=1)
+    if len(text) > LARGEST_MANIFEST_BYTES:
+        raise ValueError(f"a manifest of {len(text)} bytes; keep less provenance")
     beside = path / f"{MANIFEST}.tmp"
     with beside.open("w") as file:
-        json.dump({"sha256": _digest(manifest), **manifest}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path / MANIFEST)
@@ -105,7 +109,13 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         folder = path / found["folder"]
         sizes = _file_sizes(folder)
         total = sum(sizes.values())
+        # A pipe or a device could keep a reader waiting for ever.
         problems = [
+            f"{entry} is neither file nor directory"
+            for entry in folder.rglob("*")
+            if not (entry.is_file() or entry.is_dir())
+        ]
+        problems += [
             f"{folder / name}: {sizes.get(name, 'no')} bytes, expected {size}"
             for name, size in found["files"].items()
             if sizes.get(name) != size
@@ -128,6 +138,8 @@ def _refuse(problems: Iterable[str]) -> None:
 
 def _parsed(file: Path) -> dict[str, Any]:
     """The manifest's members, once their digest is right."""
+    if file.stat().st_size > LARGEST_MANIFEST_BYTES or not file.is_file():
+        raise ValueError(f"expected a file of at most {LARGEST_MANIFEST_BYTES} bytes")
     found = json.loads(file.read_bytes())
     only(found, MEMBERS)
     if found.pop("sha256") != _digest(found):
@@ -166,28 +178,6 @@ def _array_problems(arrays: Mapping[str, Any], stored_bytes: int) -> Iterator[st
 
 
 # ------------------------------------------------------------------- the directory
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the directory `path`, made if need be, against everybody else.
-
-    Raises:
-      ValueError: it is held, or cannot be a directory.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = (path / LOCK).open("a")
-    except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{path} is in use by another run: stop that, or take another directory"
-            ) from None
-        yield
 
 
 def foreign_entries(path: Path) -> list[str]:

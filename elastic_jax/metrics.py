@@ -83,7 +83,7 @@ class MetricLog:
     def forget_after(self, step: int) -> None:
         """Drops rows of steps that a resumed run will do again."""
         kept = [row for row in self.rows() if row["step"] < step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(map(_line, kept))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         beside.write_text(text)
@@ -95,10 +95,13 @@ class MetricLog:
         )
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Appends one row; numbers also go to TensorBoard."""
+        """Appends one row; numbers also go to TensorBoard.
+
+        JSON has no NaN and no infinities: they are written as null, read as NaN.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.write(_line({"step": step, **row}))
         if self._events is None:
             self._events = SummaryWriter(str(self.path.parent))
         for name, value in row.items():
@@ -110,10 +113,22 @@ class MetricLog:
         if not self.path.exists():
             return []
         lines = self.path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [
+            {k: math.nan if v is None else v for k, v in row.items()} for row in rows
+        ]
 
     def close(self) -> None:
         """Completes the event file; a later row begins another."""
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    def plain(value):
+        odd = isinstance(value, float) and not math.isfinite(value)
+        return None if odd else value
+
+    text = json.dumps({k: plain(v) for k, v in row.items()}, allow_nan=False)
+    return text + "\n"

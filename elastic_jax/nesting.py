@@ -174,6 +174,30 @@ def nested(cfg: ModelConfig, small: Counts, large: Counts) -> bool:
     return True
 
 
+def within(cfg: ModelConfig, small: Counts, large: Counts) -> Counts:
+    """The counts that cut `small` out of `large`, a submodel that it is nested in."""
+    inner, outer = resolved(cfg, small), resolved(cfg, large)
+    cut, given = slice_config(cfg, large), {}
+    for axis in small:
+        on = [bool(n) for n in outer["layers"]]
+        if axis == "layers":
+            kept = tuple(n for n, keep in zip(inner[axis], on, strict=True) if keep)
+        elif axes.is_per_layer(axis):
+            blocks = blocks_with(cfg.pattern, axis)
+            # A block that `small` drops keeps what it has: the count is not used.
+            kept = tuple(
+                n if inner["layers"][i] else m
+                for i, n, m in zip(blocks, inner[axis], outer[axis], strict=True)
+                if on[i]
+            )
+        else:
+            (kept,) = inner[axis]
+        if kept != ():
+            same = isinstance(kept, tuple) and axis != "layers" and len({*kept}) == 1
+            given[axis] = kept[0] if same else kept
+    return counts(cut, **given)
+
+
 def keep_layers(ranks: Ranks | Array, n: int) -> tuple[int, ...]:
     """The `layers` counts that keep the `n` best blocks, a 0 or 1 per block.
 

@@ -7,6 +7,7 @@ readers; black is ours, grey is what it is compared with.
 """
 
 import itertools
+import math
 import operator
 import os
 import statistics
@@ -25,6 +26,7 @@ from matplotlib.ticker import (
 
 from elastic_jax import findings
 from elastic_jax.findings import Results
+from elastic_jax.measures import DIVERGENCE, MEASURES
 
 REQUIRED = {  # of every row of a part that is there
     "budgets": ("name", "active_params", "counts"),
@@ -71,23 +73,27 @@ def write_report(directory: str | os.PathLike, results: Results) -> Path:
     What an earlier report left there is replaced.
 
     Args:
-      results: plain values, as JSON holds them. `title` and `budgets` are required:
-        largest budget first, each with `name`, `active_params` and `counts`. Where
-        another part is missing, the report says so.
+      results: plain values, as JSON holds them. Required are `title`, `measure`, the
+        name of one of `MEASURES`, and `budgets`: largest budget first, each with
+        `name`, `active_params` and `counts`. Where another part is missing, the
+        report says so.
 
     Returns:
       the path of `report.md`, a text that depends on `results` alone.
 
     Raises:
-      ValueError: names every required part that is missing.
+      ValueError: names every required part that is missing, or an unknown measure.
     """
-    missing = [key for key in ("title", "budgets") if not results.get(key)]
+    missing = [key for key in ("title", "measure", "budgets") if not results.get(key)]
     for part, keys in REQUIRED.items():
         for i, row in enumerate(results.get(part) or ()):
             lacking = (key for key in keys if row.get(key) in (None, []))
             missing += [f"{part}[{i}].{key}" for key in lacking]
     if missing:
         raise ValueError(f"results cannot be reported, they lack {', '.join(missing)}")
+    if results["measure"] not in MEASURES:
+        known = ", ".join(MEASURES)
+        raise ValueError(f"measure {results['measure']!r}: expected one of {known}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     seen = {}
@@ -102,7 +108,7 @@ def write_report(directory: str | os.PathLike, results: Results) -> Path:
                 seen[name] = f"![{caption}]({path.name})\n\n{caption}."
     parts = [
         *findings.head(results),
-        *findings.accuracy(results, seen["accuracy"]),
+        *findings.quality(results, seen["budgets"]),
         *findings.against_random(results),
         *findings.router(results, seen["router"]),
         *findings.importance(results, seen["importance"], seen["orders"]),
@@ -114,20 +120,20 @@ def write_report(directory: str | os.PathLike, results: Results) -> Path:
     return path
 
 
-def plot_accuracy(results: Results) -> Figure | None:
-    """Exact answers of every budget and its controls against active parameters."""
+def plot_budgets(results: Results) -> Figure | None:
+    """Every budget and its controls, as measured, against active parameters."""
     budgets, colours = results["budgets"], _colours(results)
-    if all(budget.get("accuracy") is None for budget in budgets):
+    if all(budget.get("value") is None for budget in budgets):
         return None
     figure = Figure(figsize=(8, 4.6))
     ax = figure.subplots()
-    parent = (results.get("parent") or {}).get("accuracy")
+    parent = (results.get("parent") or {}).get("value")
     if parent is not None:
         ax.axhline(parent, color=INK, lw=1, ls=(0, (1, 2)), label="parent")
     for key, label, ls, look in (
-        ("untrained_accuracy", "untrained slice", "--", dict(marker="s", mfc="white")),
-        ("random_accuracy", "random order, trained", "-", dict(marker="D")),
-        ("accuracy", "importance order, trained", "-", dict(marker="o", color=INK)),
+        ("untrained_value", "untrained slice", "--", dict(marker="s", mfc="white")),
+        ("random_values", "random order, trained", "-", dict(marker="D")),
+        ("value", "importance order, trained", "-", dict(marker="o", color=INK)),
     ):
         points = {}
         for budget in budgets:
@@ -143,7 +149,7 @@ def plot_accuracy(results: Results) -> Figure | None:
         ax.plot([x for _, x in points], means, ls=ls, lw=1.2, label=label, **look)
         for (name, x), values in points.items():
             ax.plot([x] * len(values), values, ls="none", **look)
-            if key == "accuracy":
+            if key == "value":
                 colour, at = colours[name], (x, *values)
                 ax.plot(*at, "o", color=colour, ms=11, mec="white", zorder=4)
                 ax.annotate(
@@ -151,10 +157,12 @@ def plot_accuracy(results: Results) -> Figure | None:
                     color=colour, weight="bold",
                 )
     ax.margins(x=0.12)
-    ax.set(ylim=(-0.04, 1.1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    ax.set(xlabel="active parameters", ylabel="problems answered exactly")
+    measure = findings.measure(results)
+    ax.set(xlabel="active parameters", ylabel=measure.axis)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if math.isfinite(measure.high):  # a share
+        ax.set(ylim=(-0.04, 1.1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(loc="outside upper center", ncols=4)
     return figure
 
@@ -281,7 +289,7 @@ def plot_losses(results: Results) -> Figure | None:
     _plain_log(ax.yaxis, fine=high / low < 300)
     ax.margins(x=0.01)
     ax.xaxis.set_major_locator(MaxNLocator(**WHOLE_STEPS))
-    ax.set(xlabel="training step", ylabel="KL from the parent (nats per token)")
+    ax.set(xlabel="training step", ylabel=DIVERGENCE.axis)
     _legend(figure, colours)
     return figure
 
@@ -385,9 +393,9 @@ def _short(n):
 
 # name -> how it is drawn, its caption, what is said where it cannot be drawn
 PLOTS = {
-    "accuracy": (
-        plot_accuracy,
-        "Problems answered exactly, against active parameters",
+    "budgets": (
+        plot_budgets,
+        "Every budget and its controls, against active parameters",
         "no budget was evaluated",
     ),
     "router": (

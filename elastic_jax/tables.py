@@ -54,6 +54,11 @@ def format_nats(x: float | None) -> str:
     return NONE if x is None else f"{x:#.3g}".rstrip(".")
 
 
+def format_bits(x: float | None) -> str:
+    """Bits per byte: 2.104."""
+    return NONE if x is None else f"{x:.3f}"
+
+
 def format_several(values: Sequence[float] | None, form: Callable) -> str:
     """The mean, and the range where there is more than one value."""
     if not values:

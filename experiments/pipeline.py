@@ -10,6 +10,7 @@ A phase that is complete is read back, not run again.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -23,13 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import elastic_jax as ej
-from elastic_jax import checkpoint, data, fit, train
+from elastic_jax import checkpoint, data, fit, saves, train
 from elastic_jax.axes import AXES, blocks_with
+from elastic_jax.distill import distillation_loss
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.router import budget_input, make_router
+from experiments import parents
 from experiments.settings import Plan
-from experiments.tasks import EOS, prompts, score
+from experiments.sources import stacked
 
 SNAPSHOTS = (50, 100)  # steps at which divergences are compared
 console = Console()
@@ -106,7 +109,7 @@ def run_stages(
     optimizer = train.optimizer(ej.param_specs(plan.cfg), weight_decay=weight_decay)
     state = train.init_state(params, optimizer, router)
     log = fit.MetricLog(folder / "metrics")
-    with contextlib.ExitStack() as shown, checkpoint.TrainCheckpoints(folder) as saved:
+    with contextlib.ExitStack() as shown, saves.TrainCheckpoints(folder) as saved:
         bars: dict[str, Any] = {}
 
         def observe(stage, done, state, row):
@@ -126,7 +129,7 @@ def run_stages(
             stages=stages,
             objective=objective,
             batches=lambda stage: data.batches(
-                plan.tasks[stage.name], batch=stage.batch, seed=plan.values["seed"]
+                plan.task.data[stage.name], batch=stage.batch, seed=plan.values["seed"]
             ),
             optimizer=optimizer,
             identity=identity(plan, stages),
@@ -144,34 +147,64 @@ def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
     values = {k: v for k, v in plan.values.items() if k not in ("controls", "stages")}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
-    digests = {stage.name: plan.tasks[stage.name].digest() for stage in stages}
-    whole = {"config": values, "stages": staged, "data": digests, **fit.software()}
+    digests = {stage.name: plan.task.data[stage.name].digest() for stage in stages}
+    whole = {
+        "config": values,
+        "stages": staged,
+        "data": digests,
+        "files": plan.task.files,
+        "parent": plan.parent_files,
+        **fit.software(),
+    }
     return json.loads(json.dumps(whole))
 
 
 def parent(
     plan: Plan, workdir: Workdir, *, allow_changes: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The trained parent and what is known about it; reused where it is complete.
+    """The parent and what is known about it: imported, or trained where it is not yet.
 
     Raises:
-      Failed: it ended below its floor.
+      Failed: the toy ended below its floor.
     """
-    values, stage = plan.values["parent"], plan.parent_stage
-    problems = plan.tasks["parent"].problems(
-        values["problems"], seed=plan.values["seed"] + 1
-    )
+    cost = ej.cost(ej.param_specs(plan.cfg), plan.cfg)
+    known = {
+        "pattern": plan.cfg.pattern,
+        "total_params": cost.total_params,
+        "active_params": cost.active_params,
+    }
+    if directory := plan.values["parent"]:
+        params = parents.load(directory)
+        value = plan.task.check(params, plan.cfg)
+        console.print(f"{directory}: {_said(plan, value)}")
+        return params, known | {"value": value, "imported": directory}
+    params, facts = _toy_parent(plan, workdir, allow_changes)
+    asked = plan.values["parent_training"]
+    return params, known | facts | {name: asked[name] for name in ("floor", "target")}
 
-    def accuracy(params) -> float:
-        return float(np.mean(solve(params, plan.cfg, problems)))
+
+def companions(plan: Plan) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the checkpoint keeps for an export: fields of config.json, a tokenizer."""
+    carried, files = parents.companions(plan.values["parent"])
+    if tokenizer := plan.values["data"]["tokenizer"]:
+        files |= {"tokenizer.json": pathlib.Path(tokenizer).read_bytes()}
+    return carried, files
+
+
+def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool):
+    """Trains a parent from scratch; returns its parameters, value and steps."""
+    values, stage = plan.values["parent_training"], plan.parent_stage
+    measure = plan.task.measure
 
     def enough(_, done, state):
         if done % values["check_every"] or done == stage.total_steps:
             return False
-        return accuracy(state.params) >= values["accuracy_target"]
+        value = plan.task.check(state.params, plan.cfg)
+        return measure.gain(value, values["target"]) >= 0
 
     def finish(_, state, __):
-        return {"accuracy": accuracy(state.params), "steps": int(state.step)}
+        value = plan.task.check(state.params, plan.cfg)
+        return {"value": value, "steps": int(state.step)}
 
     state, facts = run_stages(
         plan,
@@ -187,43 +220,24 @@ def parent(
         finish=finish,
         allow_changes=allow_changes,
     )
-    console.print(f"parent: {facts['accuracy']:.1%} exact after {facts['steps']} steps")
-    if facts["accuracy"] < values["accuracy_floor"]:
+    console.print(f"parent: {_said(plan, facts['value'])} after {facts['steps']} steps")
+    if measure.gain(facts["value"], values["floor"]) < 0:
         raise Failed(
-            f"the parent solves {facts['accuracy']:.1%} of its problems, less than "
-            f"parent.accuracy_floor {values['accuracy_floor']:.1%}: give it more steps "
-            "(parent.steps), or another seed"
+            f"the parent has {_said(plan, facts['value'])}, worse than its floor of "
+            f"{measure.form(values['floor'])} (parent_training.floor): give it more "
+            "steps (parent_training.steps), or another seed"
         )
-    cost = ej.cost(ej.param_specs(plan.cfg), plan.cfg)
-    return state.params, facts | {
-        "floor": values["accuracy_floor"],
-        "target": values["accuracy_target"],
-        "pattern": plan.cfg.pattern,
-        "total_params": cost.total_params,
-        "active_params": cost.active_params,
-    }
+    return state.params, facts
 
 
-def solve(params: Any, cfg: ej.ModelConfig, problems) -> list[bool]:
-    """Whether each problem is solved by generating from its prompt."""
-    tokens, lengths = prompts(problems)
-    longest = max(len(p.tokens) - len(p.prompt) for p in problems)
-    # A little more than the longest solution: a model may be wrong at length.
-    out = ej.generate(
-        params, tokens, cfg, max_new_tokens=longest + 4, lengths=lengths, stop_token=EOS
-    )
-    rows = zip(np.asarray(out.tokens), np.asarray(out.lengths), problems, strict=True)
-    return [score(row[:n], problem) for row, n, problem in rows]
+def _said(plan: Plan, value: float) -> str:
+    return f"{plan.task.measure.form(value)} {plan.task.measure.name}"
 
 
 def calibration_batches(plan: Plan, rows: int) -> list[dict[str, Any]]:
     """The first `rows` rows of the calibration split, in batches."""
-    task, size = plan.tasks["calibration"], plan.values["calibration"]["batch"]
-    examples = [task[i] for i in range(rows)]
-    return [
-        {k: np.stack([e[k] for e in examples[i : i + size]]) for k in examples[0]}
-        for i in range(0, rows, size)
-    ]
+    task = plan.task.data["calibration"]
+    return stacked([task[i] for i in range(rows)], plan.values["calibration"]["batch"])
 
 
 def scores(plan: Plan, workdir: Workdir, params: Any):
@@ -243,7 +257,7 @@ def scores(plan: Plan, workdir: Workdir, params: Any):
             batches,
             plan.cfg,
             path=workdir.path / "scores.npz",
-            provenance={"data": plan.tasks["calibration"].digest()},
+            provenance={"data": plan.task.data["calibration"].digest()},
             on_batch=lambda _: advance(next(seen)),
         )
     depth = depth_importance(params, batches[:1], plan.cfg)
@@ -423,18 +437,32 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
     }
 
 
-def evaluate(plan: Plan, cfg: ej.ModelConfig, params: Any) -> dict[str, Any]:
-    """Exact answers of one model, over all problems and by number of steps."""
-    task, count = plan.tasks["evaluation"], plan.values["evaluation"]["problems"]
-    problems = task.problems(count, seed=plan.values["seed"])
-    right = solve(params, cfg, problems)
-    by_steps: dict[str, list[bool]] = {}
-    for problem, correct in zip(problems, right, strict=True):
-        by_steps.setdefault(str(problem.steps), []).append(correct)
-    return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_by_steps": {k: float(np.mean(v)) for k, v in by_steps.items()},
-    }
+def evaluate(
+    plan: Plan, params: Any, cfg: ej.ModelConfig, teacher: Any
+) -> dict[str, Any]:
+    """One model by the task's own measure, and its KL from the parent `teacher`."""
+    source, count = plan.task.data["evaluation"], plan.values["orders"]["rows"]
+    every = max(1, len(source) // count)
+    examples = [source[i] for i in range(0, min(every * count, len(source)), every)]
+    found = [
+        _kl_from_parent(rows, teacher, params, plan.cfg, cfg)
+        for rows in stacked(examples, plan.values["calibration"]["batch"])
+    ]
+    weight = sum(weight for _, weight in found)
+    kl = sum(float(kl * weight) for kl, weight in found) / float(weight)
+    return plan.task.evaluate(params, cfg) | {"kl": max(kl, 0.0)}  # rounding
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _kl_from_parent(rows, teacher, params, teacher_cfg, cfg):
+    """The mean over a batch, and its weight."""
+    tokens, segment_ids = rows["tokens"], rows["segment_ids"]
+    hidden = ej.hidden_states(params, tokens, cfg, segment_ids=segment_ids)
+    taught = ej.hidden_states(teacher, tokens, teacher_cfg, segment_ids=segment_ids)
+    mean = distillation_loss(
+        hidden, params["lm_head"], taught, teacher["lm_head"], weights=rows["weights"]
+    )
+    return mean, jnp.sum(rows["weights"])
 
 
 def _tuples(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,17 +13,20 @@ import sys
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 
-from experiments import compilation  # noqa: E402
+from experiments import process  # noqa: E402
 
+if __name__ == "__main__":
+    process.use_huge_pages()
 if "--config.smoke=True" in sys.argv:
-    compilation.quick()
+    process.compile_quickly()
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 import elastic_jax as ej  # noqa: E402
-from elastic_jax import checkpoint, fit, manifest, report  # noqa: E402
+from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
+from elastic_jax.budgets import not_nested  # noqa: E402
 from experiments import pipeline, settings  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment's file")
@@ -37,7 +40,7 @@ def main(_) -> None:
     """Validates, then runs all phases under the workdir's lock."""
     plan = settings.plan(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
-    with manifest.locked(workdir):
+    with directories.locked(workdir):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "jax_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         experiment(plan, pipeline.Workdir(workdir), ALLOW_CHANGES.value)
@@ -46,20 +49,20 @@ def main(_) -> None:
 def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> None:
     """Parent, scores, nested training, checkpoint, evaluation, controls, report."""
     console = pipeline.console
-    done = workdir.read("results.json")
     name = pipeline.identity(plan, plan.stages) | {"controls": plan.values["controls"]}
-    if done is not None:
-        changed = fit.differences(done["identity"], name)
-        if not changed:
-            _report(workdir, done)
-            console.print(f"complete: {workdir.path / 'report.md'}")
-            return
-        if not allow and any(not line.startswith("controls") for line in changed):
-            raise ValueError(
-                f"{workdir.path} holds a complete run of another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\nuse a new --workdir, or --allow_changes"
-            )
+    done, began = workdir.read("results.json"), workdir.read("identity.json")
+    if done is not None and done["identity"] == name:
+        _report(workdir, done)
+        console.print(f"complete: {workdir.path / 'report.md'}")
+        return
+    changed = fit.differences(began, name) if began is not None else []
+    if not allow and any(not line.startswith("controls") for line in changed):
+        raise ValueError(
+            f"{workdir.path} holds a run of another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\nrestore what changed, use a new --workdir, or --allow_changes"
+        )
+    workdir.write("identity.json", name)
 
     for line in plan.feasible:
         console.print(line)
@@ -80,6 +83,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         )
     path = workdir.path / "checkpoint"
     with workdir.phase("checkpoint", "nested checkpoint"):
+        carried, files = pipeline.companions(plan)
         checkpoint.save_nested(
             path,
             state.params,
@@ -92,10 +96,12 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
                 "parent": parent,
                 "scores": scores.provenance,
                 "date": datetime.date.today().isoformat(),
+                "huggingface": carried,
             },
+            files=files,
             overwrite=True,
         )
-    with workdir.phase("evaluate", "answers generated from restored slices"):
+    with workdir.phase("evaluate", "evaluation of restored slices"):
         budgets = _evaluated(plan, path, counts, nested)
     divergence = {
         "main": pipeline.divergences(
@@ -117,12 +123,11 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
             )
             for row in budgets:
                 small, cfg = _sliced(plan, control.params, counts[row["name"]])
-                row["random_accuracy"].append(
-                    pipeline.evaluate(plan, cfg, small)["accuracy"]
-                )
+                row["random_values"].append(plan.task.evaluate(small, cfg)["value"])
     results = {
         "identity": name,
         "title": plan.values["title"],
+        "measure": plan.task.measure.name,
         "command": f"python experiments/run.py {_shown(sys.argv[1:])}",
         "date": datetime.date.today().isoformat(),
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
@@ -131,7 +136,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         "seconds": workdir.seconds,
         "parent": parent,
         "budgets": budgets,
-        "evaluation": plan.values["evaluation"],
+        "evaluation": dict(plan.task.evaluation),
         "divergence": divergence,
         "orders": orders,
         "importance": {
@@ -139,7 +144,10 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
             for axis in scores
         },
         "never_routed": pipeline.never_routed(plan.cfg, scores),
-        "router": {"feasible": list(plan.feasible)},
+        "router": {
+            "feasible": list(plan.feasible),
+            "accept": not_nested(counts, plan.cfg),
+        },
         "metrics": fit.MetricLog(workdir.path / "elastic" / "metrics").rows(),
         "parent_metrics": fit.MetricLog(workdir.path / "parent" / "metrics").rows(),
     }
@@ -156,12 +164,13 @@ def _report(workdir, results) -> None:
 
 def _evaluated(plan, path, counts, nested) -> list[dict]:
     """One row per budget, from the slice that the checkpoint restores."""
-    opened, rows = ej.open_nested(path), []
+    opened, rows, measure = ej.open_nested(path), [], plan.task.measure
     specs = ej.param_specs(plan.cfg)
     for name, budget in plan.budgets:
         kept = counts[name]
         small, cfg = opened.restore(name)
         untrained, _ = _sliced(plan, nested, kept)
+        before = pipeline.evaluate(plan, untrained, cfg, nested)
         cost = ej.cost(specs, plan.cfg, counts=kept)
         ratio = budget.ratio(specs, ej.cache_specs(plan.cfg), plan.cfg, counts=kept)
         row = {
@@ -172,11 +181,13 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
             "total_params": cost.total_params,
             "weight_bytes": cost.weight_bytes("bf16"),
             "cost_over_target": float(ratio),
-            "untrained_accuracy": pipeline.evaluate(plan, cfg, untrained)["accuracy"],
-            "random_accuracy": [],
+            "untrained_value": before["value"],
+            "untrained_kl": before["kl"],
+            "random_values": [],
         }
-        rows.append(row | pipeline.evaluate(plan, cfg, small))
-        pipeline.console.print(f"{name}: {rows[-1]['accuracy']:.1%} exact")
+        rows.append(row | pipeline.evaluate(plan, small, cfg, nested))
+        said = measure.form(rows[-1]["value"])
+        pipeline.console.print(f"{name}: {said} {measure.name}")
     return rows
 
 

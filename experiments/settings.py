@@ -6,7 +6,9 @@ values.
 
 import ast
 import difflib
+import functools
 import importlib.util
+import math
 import pathlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,8 @@ from ml_collections import ConfigDict
 import elastic_jax as ej
 from elastic_jax import budgets as budget_zone
 from elastic_jax.curriculum import Stage, check_stages
-from experiments.tasks import ReasoningTask
+from experiments import parents
+from experiments.sources import SOURCES, Task
 
 CONTROLS = ("none", "one", "full")
 
@@ -37,12 +40,12 @@ class Plan:
 
     Attributes:
       values: the whole configuration as plain values, to name the run by.
-      cfg: the parent.
+      cfg: the parent, imported or toy.
       elastic: axes the router chooses on, reduced to those that move a budget.
       budgets: (name, Budget), the full model first.
       feasible: lines about what the budgets allow, for the report.
       parent_stage, stages: training stages.
-      tasks: stage name -> its data; "parent", "calibration" and "evaluation" too.
+      task: its data, and how models are judged.
     """
 
     values: dict[str, Any]
@@ -52,7 +55,13 @@ class Plan:
     feasible: tuple[str, ...]
     parent_stage: Stage
     stages: tuple[Stage, ...]
-    tasks: dict[str, ReasoningTask]
+    task: Task
+
+    @functools.cached_property
+    def parent_files(self) -> dict[str, dict[str, Any]]:
+        """Size and digest of every file of an imported parent; read when asked."""
+        directory = self.values["parent"]
+        return parents.files(directory) if directory else {}
 
 
 def plan(config: ConfigDict) -> Plan:
@@ -100,13 +109,16 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
         problems += _lay_over(values, smoke)
     attempt = _Attempt(problems)
 
-    cfg = attempt(lambda: ej.ModelConfig(**values["model"]))
+    if directory := values["parent"]:
+        cfg = attempt(lambda: parents.read_config(directory))
+    else:
+        cfg = attempt(lambda: ej.ModelConfig(**values["model"]))
     groups = dict(values["stages"])
     names = groups.pop("names")
     if unknown := sorted(set(names) - set(groups)):
         problems.append(f"stages.names: no group for {unknown}, have {sorted(groups)}")
     staged = {name: groups[name] for name in names if name in groups}
-    parent_stage = attempt(lambda: _stage("parent", values["parent"]))
+    parent_stage = attempt(lambda: _stage("parent", values["parent_training"]))
     stages = [attempt(lambda n=n, g=g: _stage(n, g)) for n, g in staged.items()]
     elastic = attempt(lambda: _elastic(values["elastic"]))
     budgets = attempt(lambda: _budgets(values["budgets"]))
@@ -122,17 +134,12 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
                 elastic, specs, cfg, budgets, cache_specs=ej.cache_specs(cfg)
             )
         )
-    sources = {
-        "parent": (values["parent"], "train"),
-        "calibration": (values["parent"], "calibration"),
-        "evaluation": (values["evaluation"], "evaluation"),
-        **{name: (group, "train") for name, group in staged.items()},
-    }
-    tasks = {
-        name: attempt(lambda g=group, s=split: _task(values, g, s))
-        for name, (group, split) in sources.items()
-    }
-    problems += _odd_values(values, cfg, tasks)
+    task = None
+    if (source := values["data"]["source"]) in SOURCES:
+        task = attempt(lambda: SOURCES[source](values, staged))
+    else:
+        problems.append(f"data.source {source!r}{_did_you_mean(source, SOURCES)}")
+    problems += _odd_values(values, cfg, task)
     if problems:
         raise InvalidConfig(problems)
     return Plan(
@@ -143,7 +150,7 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
         feasible=feasible[1],
         parent_stage=parent_stage,
         stages=tuple(stages),
-        tasks=tasks,
+        task=task,
     )
 
 
@@ -185,18 +192,7 @@ def _budgets(group: dict[str, Any]) -> tuple[tuple[str, ej.Budget], ...]:
     )
 
 
-def _task(values: dict[str, Any], group: dict[str, Any], split: str) -> ReasoningTask:
-    return ReasoningTask(
-        min_steps=group["min_steps"],
-        max_steps=group["max_steps"],
-        context=group["context"],
-        modulus=values["modulus"],
-        seed=values["seed"],
-        split=split,
-    )
-
-
-def _odd_values(values, cfg, tasks) -> Iterator[str]:
+def _odd_values(values, cfg, task) -> Iterator[str]:
     """What no constructor checks."""
     if values["controls"] not in CONTROLS:
         yield f"controls: expected one of {CONTROLS}, got {values['controls']!r}"
@@ -205,9 +201,9 @@ def _odd_values(values, cfg, tasks) -> Iterator[str]:
     positive = {
         "save_every": values["save_every"],
         "log_every": values["log_every"],
-        "parent.check_every": values["parent"]["check_every"],
-        "parent.problems": values["parent"]["problems"],
-        "evaluation.problems": values["evaluation"]["problems"],
+        "parent_training.check_every": values["parent_training"]["check_every"],
+        "parent_training.examples": values["parent_training"]["examples"],
+        "evaluation.examples": values["evaluation"]["examples"],
         "calibration.batch": values["calibration"]["batch"],
         "calibration.rows": values["calibration"]["rows"],
         "orders.rows": values["orders"]["rows"],
@@ -220,17 +216,21 @@ def _odd_values(values, cfg, tasks) -> Iterator[str]:
         yield f"router.fit_first: expected a number of updates, at least 0, got {first}"
     if values["calibration"]["rows"] % max(1, values["calibration"]["batch"]):
         yield "calibration.rows: expected a multiple of calibration.batch"
-    shares = {
-        "parent.accuracy_target": values["parent"]["accuracy_target"],
-        "parent.accuracy_floor": values["parent"]["accuracy_floor"],
-        "router.hard_probability": values["router"]["hard_probability"],
-    }
-    for name, share in shares.items():
-        if not 0 <= share <= 1:  # false of NaN too
-            yield f"{name}: expected a share in 0..1, got {share}"
-    task = tasks["parent"]
-    if cfg is not None and task is not None and cfg.vocab < len(task.vocabulary):
-        yield f"model.vocab {cfg.vocab}: the task needs {len(task.vocabulary)} tokens"
+    share = values["router"]["hard_probability"]
+    if not 0 <= share <= 1:  # false of NaN too
+        yield f"router.hard_probability: expected a share in 0..1, got {share}"
+    for name in ("floor", "target"):
+        value, measure = values["parent_training"][name], task and task.measure
+        if task and not (measure.low <= value <= measure.high and value < math.inf):
+            yield (
+                f"parent_training.{name}: expected {measure.name} in "
+                f"{measure.low:g}..{measure.high:g}, got {value}"
+            )
+    if odd := [w for w in values["data"]["weights"] if not 0 < w < math.inf]:
+        yield f"data.weights: expected positive numbers, got {odd}"
+    if cfg is not None and task is not None and cfg.vocab < task.vocab:
+        whose = values["parent"] or "model"
+        yield f"{whose}.vocab {cfg.vocab}: the data need {task.vocab} tokens"
 
 
 def _load(path: str | None, problems: list[str]) -> ConfigDict | None:

@@ -1,6 +1,7 @@
 """Virtual devices and quick compilation for all tests, and one smoke run to share."""
 
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -9,26 +10,36 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from jaxtyping import install_import_hook
 
-from experiments import compilation
+from experiments import process
 
 # Read by JAX when it is imported, which the tests do later.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-compilation.quick("--xla_force_host_platform_device_count=8")
+process.compile_quickly("--xla_force_host_platform_device_count=8")
+
+# The shapes in signatures hold, wherever arguments are not checked for users anyway.
+FORMS = itertools.product(("ssd", "grouped_matmul", "attention"), ("xla", "reference"))
+install_import_hook(
+    ["elastic_jax.layers", *(f"elastic_kernels.{op}.{form}" for op, form in FORMS)],
+    "beartype.beartype",
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def smoke_run() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs the tiny experiment at smoke size: `smoke_run(workdir, *flags)`."""
+    """Runs an experiment at smoke size: `smoke_run(workdir, *flags, config=name)`."""
 
-    def run(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
+    def run(
+        workdir: pathlib.Path, *flags: str, config: str = "tiny"
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [
                 sys.executable,
                 "experiments/run.py",
-                "--config=experiments/configs/tiny.py",
+                f"--config=experiments/configs/{config}.py",
                 "--config.smoke=True",
                 f"--workdir={workdir}",
                 *flags,
@@ -45,15 +56,26 @@ def smoke_run() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def smoke_workdir(tmp_path_factory, smoke_run) -> pathlib.Path:
-    """The workdir of a complete smoke run, made by the first who asks: only read it."""
+    """The workdir of a complete smoke run of the tiny experiment: only read it."""
+    return _shared(tmp_path_factory, smoke_run, "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_workdir(tmp_path_factory, smoke_run) -> pathlib.Path:
+    """The same of the experiment on text."""
+    return _shared(tmp_path_factory, smoke_run, "text")
+
+
+def _shared(tmp_path_factory, smoke_run, config: str) -> pathlib.Path:
+    """The workdir of a run that the first who asks makes."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # of all workers of this session
-    workdir, outcome = shared / "smoke", shared / "smoke.json"
-    with (shared / "smoke.lock").open("a") as lock:
+    workdir, outcome = shared / f"smoke-{config}", shared / f"smoke-{config}.json"
+    with (shared / f"smoke-{config}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not outcome.exists():
-            done = smoke_run(workdir)
+            done = smoke_run(workdir, config=config)
             outcome.write_text(json.dumps([done.returncode, done.stdout]))
     code, output = json.loads(outcome.read_text())
     if code != 0:

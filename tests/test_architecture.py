@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module imports only from floors below its own; within a floor, from what stands
 # to its left.
 FLOORS = (
-    ("axes", "config", "presets"),
+    ("axes", "config", "presets", "lazy", "directories"),
     ("masks", "nesting", "cost", "sharding"),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model",),
@@ -25,22 +25,38 @@ FLOORS = (
         "importance",
         "curriculum",
         "data",
+        "corpus",
+        "packing",
         "manifest",
+        "stored",
         "checkpoint",
+        "saves",
+        "huggingface.shards",
+        "huggingface.config",
+        "huggingface.uniform",
+        "huggingface.names",
+        "huggingface.reading",
+        "huggingface.writing",
         "tables",
+        "measures",
         "findings",
     ),
-    ("elastic", "train", "metrics", "fit", "generate", "report"),
+    ("elastic", "train", "metrics", "fit", "generate", "convert", "report"),
     ("__main__",),
 )
-ALONE = {"layers.attention", "layers.mlp", "layers.moe", "generate", "report"}
+ALONE = {
+    *("layers.attention", "layers.mlp", "layers.moe"),
+    *("generate", "convert", "report"),
+}
 
 DOORS = {
     "flax": {"router"},
     "optax": {"train"},
-    "orbax": {"checkpoint"},
-    "tensorstore": {"checkpoint"},
+    "orbax": {"stored"},
+    "tensorstore": {"stored"},
     "grain": {"data"},
+    "tokenizers": {"corpus"},
+    "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"report"},
     "rich": {"__main__"},

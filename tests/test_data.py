@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from elastic_jax.data import Arrays, batches, verify
+from elastic_jax.data import Arrays, Mixture, batches, verify
 
 
 def numbers(n: int) -> Arrays:
@@ -156,3 +156,78 @@ def test_arrays_report_all_problems():
     with pytest.raises(ValueError) as error:
         Arrays({"a": np.zeros(3), "b": np.zeros((2, 2)), "c": np.array([{}, {}])})
     assert "c: " in str(error.value) and "number of rows" in str(error.value)
+
+
+def mixture(weights=(3.0, 1.0)) -> Mixture:
+    """Ten examples and four, with epochs that end at different times."""
+    first, second = numbers(10), numbers(14)
+    return Mixture(
+        [first, Arrays({k: v[10:] for k, v in rows(second).items()})], weights
+    )
+
+
+def rows(source: Arrays) -> dict[str, np.ndarray]:
+    each = [source[i] for i in range(len(source))]
+    return {name: np.stack([row[name] for row in each]) for name in each[0]}
+
+
+def test_a_mixture_holds_its_sources_one_behind_the_other():
+    mixed, whole = mixture(), numbers(14)
+    assert len(mixed) == 14
+    parts = rows(whole)
+    for index in range(10, 14):
+        np.testing.assert_array_equal(mixed[index]["tokens"], parts["tokens"][index])
+    for index in (-1, 14):
+        with pytest.raises(IndexError):
+            mixed[index]
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1, 1), (0.2, 0.8), (0.7, 0.3)])
+def test_weights_hold_over_any_stretch(weights):
+    mixed = Mixture([numbers(900), numbers(500)], weights)
+    steps = batches(mixed, batch=10, seed=0)
+    drawn = np.concatenate([batch["index"] for batch in take(steps, 100)])
+    share = weights[0] / sum(weights)
+    for start in (0, 250, 900):
+        stretch = drawn[start : start + 100]
+        assert abs(np.mean(stretch < 900) - share) < 0.02
+    assert abs(np.mean(drawn < 900) - share) < 0.005
+
+
+def test_every_source_of_a_mixture_has_epochs_of_its_own():
+    steps = batches(mixture(), batch=4, seed=0)
+    drawn = np.concatenate([batch["index"] for batch in take(steps, 30)])
+    for low, high in ((0, 10), (10, 14)):
+        own = drawn[(drawn >= low) & (drawn < high)]
+        size = high - low
+        epochs = [own[i : i + size] for i in range(0, len(own) // size * size, size)]
+        assert len(epochs) > 2
+        assert all(sorted(epoch) == list(range(low, high)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
+
+
+@pytest.mark.parametrize("done", [1, 3, 8])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_mixture_resumes_to_the_bit_in_the_middle_of_epochs(done, threads):
+    steps = batches(mixture(), batch=4, seed=3, threads=threads)
+    take(steps, done)
+    state = json.loads(json.dumps(steps.get_state()))
+    expected = take(steps, 12)
+    fresh = batches(mixture(), batch=4, seed=3, threads=threads)
+    fresh.set_state(state)
+    assert_same(take(fresh, 12), expected)
+
+
+def test_a_state_of_another_mixture_is_refused():
+    state = batches(mixture(), batch=4, seed=3).get_state()
+    with pytest.raises(ValueError, match="source: was"):
+        batches(mixture((1, 1)), batch=4, seed=3).set_state(state)
+
+
+def test_a_mixture_reports_all_problems():
+    with pytest.raises(ValueError) as error:
+        Mixture([numbers(3), numbers(0)], (1.0, 0.0, float("inf")))
+    for words in ("sources[1]", "3 weights for 2 sources", "[0.0, inf]"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="a mixture has no end"):
+        batches(mixture(), batch=4, seed=3, repeat=False)

@@ -7,14 +7,23 @@ from elastic_jax import findings
 
 def results(**parts):
     budget = {"name": "mid", "active_params": 100, "counts": {"embed": 32}}
-    own = {k: parts.pop(k) for k in ("accuracy", "random_accuracy") if k in parts}
-    return {"title": "t", "budgets": [budget | own], **parts}
+    own = {k: parts.pop(k) for k in ("value", "random_values") if k in parts}
+    return {
+        "title": "t",
+        "measure": "exact answers",
+        "budgets": [budget | own],
+        **parts,
+    }
 
 
 def answers(ours, seeds, problems=512):
-    given = results(
-        accuracy=ours, random_accuracy=seeds, evaluation={"problems": problems}
-    )
+    given = results(value=ours, random_values=seeds, evaluation={"problems": problems})
+    (row,) = findings.compare(given)
+    return row
+
+
+def bits(ours, *seeds):
+    given = results(value=ours, random_values=seeds, measure="bits per byte")
     (row,) = findings.compare(given)
     return row
 
@@ -31,11 +40,14 @@ def test_a_clear_difference_wins_on_either_side():
     assert answers(0.7, [0.9])["winner"] == "random"
     assert divergence(0.1, 0.2)["winner"] == "ours"
     assert divergence(0.2, 0.1)["winner"] == "random"
+    assert bits(2.0, 2.1)["winner"] == "ours"
+    assert bits(2.1, 2.0)["winner"] == "random"
 
 
 def test_the_margin_is_the_difference():
     assert answers(0.9, [0.7])["margin"] == "20.0 points"
     assert divergence(0.1, 0.2)["margin"] == "50%"
+    assert bits(2.1, 2.0)["margin"] == "0.100 (5.0%)"
 
 
 def test_accuracy_within_the_sampling_error_is_no_win():
@@ -52,6 +64,11 @@ def test_nearly_equal_divergences_are_no_win(ours, seed):
     assert divergence(ours, seed)["winner"] is None
 
 
+def test_nearly_equal_bits_are_no_win():
+    assert bits(2.0, 2.015)["winner"] is None
+    assert bits(2.0, 2.1, 1.99)["winner"] is None
+
+
 def test_a_win_has_to_beat_every_seed():
     assert divergence(0.1, 0.2, 0.3, 0.4)["winner"] == "ours"
     assert divergence(0.1, 0.09, 0.3, 0.4)["winner"] is None
@@ -59,8 +76,8 @@ def test_a_win_has_to_beat_every_seed():
 
 
 def test_a_measure_of_one_side_only_is_not_compared():
-    assert findings.compare(results(accuracy=0.9)) == []
-    assert findings.compare(results(accuracy=0.9, random_accuracy=[])) == []
+    assert findings.compare(results(value=0.9)) == []
+    assert findings.compare(results(value=0.9, random_values=[])) == []
     runs = {"main": {"mid": {"50": 0.1}}, "random-0": {"mid": {"100": 0.2}}}
     assert findings.compare(results(divergence=runs)) == []
 
@@ -109,8 +126,42 @@ def test_a_part_nobody_shows_is_named():
 
 
 def test_a_floor_of_zero_is_said():
-    text = findings.head(results(parent={"accuracy": 0.1, "floor": 0}))[-1]
-    assert "floor is 0" in text
+    text = findings.head(results(parent={"value": 0.1, "floor": 0}))[-1]
+    assert "floor is 0.0%: any parent" in text
+
+
+@pytest.mark.parametrize(
+    "measure, floor, value, words",
+    [
+        ("exact answers", 0.95, 0.9, ("90.0% exact answers", "under 95.0% the run")),
+        ("bits per byte", 3.5, 3.0, ("3.000 bits per byte", "over 3.500 the run")),
+    ],
+)
+def test_the_parent_is_told_in_the_measure_of_the_run(measure, floor, value, words):
+    given = results(measure=measure, parent={"value": value, "floor": floor})
+    assert all(said in findings.head(given)[-1] for said in words)
+
+
+@pytest.mark.parametrize(
+    "measure, parent, full, words",
+    [
+        ("exact answers", 0.90, 0.91, "1.0 points better than"),
+        ("exact answers", 0.90, 0.89, "1.0 points worse than"),
+        ("bits per byte", 2.0, 1.9, "0.100 (5.0%) better than"),
+        ("bits per byte", 2.0, 2.1, "0.100 (5.0%) worse than"),
+        ("bits per byte", 2.0, 2.0001, "level with"),
+    ],
+)
+def test_better_and_worse_follow_the_measure(measure, parent, full, words):
+    given = results(measure=measure, parent={"value": parent}, value=full)
+    assert f"`mid` ends {words} the parent" in findings.head(given)[-1]
+
+
+def test_an_imported_parent_is_named():
+    given = results(parent={"value": 0.5, "imported": "some/where"})
+    assert "imported from `some/where`, has 50.0%" in findings.head(given)[-1]
+    assert not any("parent's losses" in part for part in findings.training(given, ""))
+    assert any("parent's losses" in p for p in findings.training(results(), ""))
 
 
 def test_experts_that_no_token_reached_are_listed():

@@ -26,12 +26,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import elastic_jax as ej
-from elastic_jax import checkpoint, data, fit, train
-from elastic_jax.checkpoint import TrainCheckpoints
+from elastic_jax import data, fit, stored, train
 from elastic_jax.curriculum import Stage
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.metrics import Alarms, MetricLog
 from elastic_jax.router import budget_input, make_router
+from elastic_jax.saves import TrainCheckpoints
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 2))
@@ -323,7 +323,7 @@ def child(folder, hang):
         time.sleep(600)
 
     if hang:
-        checkpoint.write_manifest = never
+        stored.write_manifest = never
     language_run(Path(folder), lambda *_: print("step", flush=True))
 
 
@@ -550,6 +550,16 @@ def test_a_log_forgets_what_will_be_done_again(tmp_path):
     assert found[0, "loss"] == 0 and found[2, "loss"] == 7 and found[2, "count"] == 3
     starts = [e.step for e in events(tmp_path / "metrics") if e.session_log.status == 1]
     assert starts == [2]  # from where TensorBoard drops older points
+
+
+def test_a_log_of_numbers_that_json_lacks(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write(0, {"loss": math.nan, "norm": math.inf, "stage": "a"})
+    log.forget_after(1)
+    log.close()
+    assert '"loss": null, "norm": null' in log.path.read_text()
+    row = log.rows()[0]
+    assert math.isnan(row["loss"]) and math.isnan(row["norm"]) and row["stage"] == "a"
 
 
 def events(folder):

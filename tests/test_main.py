@@ -11,7 +11,7 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax.__main__ import main
-from elastic_jax.checkpoint import TrainCheckpoints
+from elastic_jax.saves import TrainCheckpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 CFG = ej.presets.tiny("ME*-")
@@ -72,7 +72,7 @@ def test_inspect_reads_no_array(saved, capsys, monkeypatch):
     def refuse(*_):
         raise AssertionError("an array was read")
 
-    monkeypatch.setattr("elastic_jax.checkpoint._Arrays._read", refuse)
+    monkeypatch.setattr("elastic_jax.stored.StoredArrays._read", refuse)
     assert main(["inspect", str(saved)]) == 0
 
 

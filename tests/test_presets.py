@@ -1,6 +1,7 @@
 """The named models: their blocks, their published sizes, what can be cut of them."""
 
 import math
+import pathlib
 
 import jax
 import pytest
@@ -86,3 +87,61 @@ def test_every_axis_has_a_size_that_can_be_cut(name):
             least = max(row.step, cfg.top_k if axis == "experts" else 1)
             small = ej.slice_config(cfg, ej.counts(cfg, **{axis: least}))
             assert getattr(small, axis) == least
+
+
+# ---------------------------------------------------------------- published accounting
+
+SUBMODELS = {
+    "30B": {},
+    "23B": {"embed": 2016},
+    "12B": {"embed": 1920, "expert_ffn": 960},
+}
+
+
+def left_in_bf16(cfg):
+    """What NVIDIA's NVFP4 release of Nano does not quantize, as a test on paths.
+
+    Embeddings, head, attention, norms, convolutions, the router, scalars per head, and
+    the projections of the Mamba block before each attention block.
+    """
+    before = {i - 1 for i, kind in enumerate(cfg.pattern) if kind == "*"}
+
+    def kept(path):
+        if path[0] != "layers":
+            return True
+        _, block, name = path
+        kind = cfg.pattern[block]
+        experts = kind == "E" and name in ("up", "down", "shared_up", "shared_down")
+        projections = kind == "M" and name in ("z", "x", "B", "C", "dt", "out")
+        return not (experts or (projections and block not in before))
+
+    return kept
+
+
+def test_the_accounting_of_the_readme():
+    """Parameters and GiB of Nano v3 and its submodels: what the README prints."""
+    cfg = ej.presets.nemotron3_nano()
+    specs, kept = ej.param_specs(cfg), left_in_bf16(cfg)
+    whole = tuple(item for item in specs if kept(item[0]))
+    blocks = tuple(item for item in specs if not kept(item[0]))
+    rows, separate = {}, 0
+    for name, given in SUBMODELS.items():
+        counts = ej.counts(cfg, **given)
+        cost = ej.cost(specs, cfg, counts=counts)
+        rest = ej.cost(whole, cfg, counts=counts).weight_bytes("bf16")
+        mixed = {
+            p: rest + ej.cost(blocks, cfg, counts=counts).weight_bytes(p)
+            for p in ("fp8", "nvfp4")
+        }
+        gib = (n / 2**30 for n in (cost.weight_bytes("bf16"), *mixed.values()))
+        rows[name] = (cost.total_params, cost.active_params, *(f"{g:.2f}" for g in gib))
+        separate += cost.weight_bytes("bf16")
+    assert rows == {
+        "30B": (31_577_940_288, 3_580_076_352, "58.82", "30.42", "18.00"),
+        "23B": (23_683_657_248, 2_685_259_296, "44.11", "22.82", "13.50"),
+        "12B": (12_426_658_368, 2_082_619_968, "23.15", "12.30", "7.55"),
+    }
+    assert f"{separate / 2**30:.1f}" == "126.1"
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    for name, row in rows.items():
+        assert f"| {name} | {row[0]:,} | {row[1]:,} | {' | '.join(row[2:])} |" in readme

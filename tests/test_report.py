@@ -27,13 +27,14 @@ def whole():
     """Results of a run in which everything was measured."""
     return {
         "title": "Test",
+        "measure": "exact answers",
         "command": "python run.py",
         "date": "2026-01-01",
         "versions": {"jax": "0"},
         "device": "cpu",
         "smoke": False,
         "seconds": {"parent": 61.0, "elastic": 2.0},
-        "parent": {"accuracy": 0.99, "floor": 0.95, "target": 0.98, "steps": 1500},
+        "parent": {"value": 0.99, "floor": 0.95, "target": 0.98, "steps": 1500},
         "budgets": [
             {
                 "name": name,
@@ -43,10 +44,12 @@ def whole():
                 "total_params": 402_112 - 71_001 * i,
                 "weight_bytes": 804_224 - 142_002 * i,
                 "cost_over_target": 1.0 + i / 100,
-                "accuracy": 0.98 - i / 20,
-                "accuracy_by_steps": {"2": 0.9, "10": 0.5},
-                "untrained_accuracy": 0.98 - i / 3,
-                "random_accuracy": [0.97 - i / 5],
+                "value": 0.98 - i / 20,
+                "parts": {"2 steps": 0.9, "10 steps": 0.5},
+                "kl": 0.01 * i,
+                "untrained_value": 0.98 - i / 3,
+                "untrained_kl": 0.3 * i,
+                "random_values": [0.97 - i / 5],
             }
             for i, name in enumerate(BUDGETS)
         ],
@@ -76,7 +79,7 @@ def written(tmp_path_factory):
 def test_every_budget_has_its_row(written):
     lines = written.read_text().splitlines()
     for budget in whole()["budgets"]:
-        cells = [f"{budget['active_params']:,}", f"{budget['accuracy']:.1%}"]
+        cells = [f"{budget['active_params']:,}", f"{budget['value']:.1%}"]
         assert any(
             line.startswith(f"| {budget['name']} ") and all(c in line for c in cells)
             for line in lines
@@ -119,8 +122,8 @@ GAPS = {
     "versions": ["unknown versions"],
     "device": ["an unknown device"],
     "seconds": ["*Not recorded.*"],
-    "parent": ["The parent's accuracy was not recorded"],
-    "evaluation": ["The number of problems is unknown"],
+    "parent": ["The parent was not evaluated"],
+    "evaluation": ["the number of problems is unknown"],
     "divergence": ["Not measured on both sides: KL after 50 steps"],
     "orders": ["slices were not compared with random orders"],
     "importance": ["there are no scores"],
@@ -129,10 +132,11 @@ GAPS = {
     "metrics": ["hold no losses of budgets", "hold no choices of a router"],
     "parent_metrics": ["The parent's losses were not recorded"],
     "alarms": ["Alarms were not recorded"],
-    "accuracy": ["not measured of trained budgets", "no budget was evaluated"],
-    "untrained_accuracy": ["not measured of untrained slices"],
-    "random_accuracy": ["not measured of the control from a random order"],
-    "accuracy_by_steps": ["Accuracy by length of a problem was not recorded"],
+    "value": ["Not measured: trained budgets", "no budget was evaluated"],
+    "untrained_value": ["Not measured: untrained slices"],
+    "random_values": ["Not measured: the control from a random order"],
+    "kl": ["Not measured: the KL of restored slices"],
+    "parts": ["Exact answers by length of the problem were not recorded"],
 }
 
 
@@ -150,9 +154,12 @@ def test_a_missing_part_is_said(part, tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").exists() == (f"]({name}.png)" in text)
 
 
+BARE = {"title": "Bare", "measure": "exact answers"}
+
+
 def test_without_controls_no_win_is_claimed(tmp_path):
-    given = {"title": "Bare", "budgets": whole()["budgets"][:1]}
-    del given["budgets"][0]["accuracy"]
+    given = BARE | {"budgets": whole()["budgets"][:1]}
+    del given["budgets"][0]["value"]
     text = report.write_report(tmp_path, given).read_text()
     assert "no win can be claimed" in text and "ours wins" not in text
     assert list(tmp_path.iterdir()) == [tmp_path / "report.md"]
@@ -160,7 +167,7 @@ def test_without_controls_no_win_is_claimed(tmp_path):
 
 def test_a_plot_of_other_results_does_not_stay(tmp_path):
     (tmp_path / "losses.png").write_text("old")
-    report.write_report(tmp_path, {"title": "Bare", "budgets": bare(1)})
+    report.write_report(tmp_path, BARE | {"budgets": bare(1)})
     assert not (tmp_path / "losses.png").exists()
 
 
@@ -179,8 +186,30 @@ def test_all_required_parts_that_are_missing_are_named_together(tmp_path):
     given = {"budgets": [{"name": "a"}], "orders": [{"axis": "embed", "random": []}]}
     with pytest.raises(ValueError) as error:
         report.write_report(tmp_path / "never", given)
-    for name in ("title", "budgets[0].active_params", "orders[0].random"):
+    for name in ("title", "measure", "budgets[0].active_params", "orders[0].random"):
         assert name in str(error.value)
+    assert not (tmp_path / "never").exists()
+
+
+def test_bits_per_byte_are_told_as_such(tmp_path):
+    """The same report, with no word of answers, accuracy or problems."""
+    given = whole() | {"measure": "bits per byte"}
+    given["parent"] |= {"value": 2.1, "floor": 3.5, "target": 2.0}
+    given["evaluation"] = {"rows": 256, "size_bytes": 32_700.0}
+    for i, budget in enumerate(given["budgets"]):
+        budget |= {"value": 2.0 + i / 4, "parts": {"a/*.py": 2.0, "b.jsonl": 2.5}}
+        budget |= {"untrained_value": 3.0 + i, "random_values": [2.3 + i / 4]}
+    text = report.write_report(tmp_path, given).read_text()
+    for word in ("answer", "ccuracy", "problem", "No plot", "not recorded"):
+        assert word not in text
+    for words in ("## Bits per byte", "31.9 KiB in 256 rows", "| 2.250 |", "a/*.py"):
+        assert words in text
+    assert "Bits per byte: ours wins at `full` by 0.300 (13.0%)" in text
+
+
+def test_an_unknown_measure_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'speed': expected one of exact answers"):
+        report.write_report(tmp_path / "never", whole() | {"measure": "speed"})
     assert not (tmp_path / "never").exists()
 
 
@@ -188,7 +217,7 @@ def test_awkward_values_are_drawn(tmp_path):
     """Zeros on logarithmic axes, one step only, counts per block, many budgets."""
     given = whole()
     given["budgets"] = [
-        given["budgets"][0] | {"name": f"b{i}", "accuracy": 0.0, "random_accuracy": []}
+        given["budgets"][0] | {"name": f"b{i}", "value": 0.0, "random_values": []}
         for i in range(8)
     ]
     for i, budget in enumerate(given["budgets"]):

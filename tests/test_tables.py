@@ -43,10 +43,15 @@ def test_nats_have_three_digits():
     assert texts == ["0.0340", "0.300", "1.90", "123"]
 
 
+def test_bits_have_three_places():
+    assert [tables.format_bits(x) for x in (2.10449, 0.0)] == ["2.104", "0.000"]
+
+
 def test_nothing_measured_is_a_dash():
     forms = (
         tables.format_count, tables.format_bytes, tables.format_seconds,
         tables.format_share, tables.format_ratio, tables.format_nats,
+        tables.format_bits,
     )
     assert {form(None) for form in forms} == {tables.NONE}
     assert tables.format_several([], tables.format_share) == tables.NONE

@@ -13,16 +13,17 @@ from jaxtyping import Array, Float
 
 def rms_norm(
     x: Float[Array, "b t *d"],
-    scale: Float[Array, "*d"],
+    scale: Float[Array, "*last"],
     *,
-    live: Array | int,
+    live: Array | float | int,
     eps: float,
     dims: int = 1,
 ) -> Float[Array, "b t *d"]:
     """Normalises the last `dims` dimensions of `x` and multiplies by `scale`.
 
     Args:
-      live: number of channels that count, an int or an array of shape [] or [b, t].
+      scale: shaped like the last dimensions of `x`.
+      live: number of channels that count, a number or an array of shape [] or [b, t].
       eps: added to the mean square.
       dims: how many trailing dimensions share one statistic.
     """

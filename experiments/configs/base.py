@@ -9,7 +9,8 @@ from ml_collections import config_dict
 
 
 def training(**changes):
-    """Fields as of `elastic_jax.curriculum.Stage`, and the length of the chains."""
+    """Fields as of `elastic_jax.curriculum.Stage`; `min_steps` and `max_steps` are the
+    length of chains, with `data.source="reasoning"` only."""
     fields = {
         "steps": 300,
         "context": 96,
@@ -43,8 +44,19 @@ def get_config():
     config.save_every = 100
     config.log_every = 10
     config.on_nonfinite = "stop"
-    config.modulus = 11
 
+    # Problems that are generated ("reasoning"), or text or tokens in "files": paths and
+    # patterns, mixed with `weights` (none: as much of each as there is). A tokenizer is
+    # a tokenizer.json; none takes bytes. `held_out` is the share of documents that is
+    # never trained on: half of it for calibration, half for evaluation.
+    config.data = config_dict.create(
+        source="reasoning", files=(), weights=(), tokenizer="", held_out=0.02
+    )
+    config.modulus = 11  # of the reasoning task
+
+    # A Hugging Face directory to import; "" trains a toy of the sizes in `model`, which
+    # an imported parent does not use.
+    config.parent = ""
     config.model = config_dict.create(
         pattern="MEM*ME",
         vocab=64,
@@ -67,14 +79,15 @@ def get_config():
         routed_scaling_factor=2.5,
         norm_eps=1e-5,
     )
-    config.parent = training(
+    # Of the toy; an imported parent is calibrated with its context and chains.
+    config.parent_training = training(
         steps=800, learning_rate=6e-3, warmup_steps=30, max_steps=8
     )
-    config.parent.weight_decay = 0.5  # lets units that are not needed fade
-    config.parent.accuracy_target = 0.98
-    config.parent.accuracy_floor = 0.95
-    config.parent.check_every = 100
-    config.parent.problems = 256
+    config.parent_training.weight_decay = 0.5  # lets units that are not needed fade
+    config.parent_training.target = 0.98  # ends training, in the measure of the data
+    config.parent_training.floor = 0.95  # a parent that is worse fails the run
+    config.parent_training.check_every = 100
+    config.parent_training.examples = 256  # problems to check it by; rows: evaluation's
 
     config.calibration = config_dict.create(rows=128, batch=32)
     config.orders = config_dict.create(axes=(), random=5, rows=64)  # () is all
@@ -101,8 +114,9 @@ def get_config():
             sampling=(5.0, 3.0, 2.0),
         ),
     )
+    # `examples` are problems to answer, or rows of held-out text to read.
     config.evaluation = config_dict.create(
-        problems=512, min_steps=2, max_steps=8, context=128
+        examples=512, min_steps=2, max_steps=8, context=128
     )
     config.controls = "one"
     config.when_smoke = config_dict.ConfigDict()

@@ -14,14 +14,14 @@ def get_config():
         {
             "model": {"pattern": "ME*"},
             "log_every": 2,
-            "parent": {
+            "parent_training": {
                 "steps": 6,
                 "batch": 8,
                 "micro_batch": 8,
                 "warmup_steps": 2,
-                "accuracy_floor": 0.0,
+                "floor": 0.0,
                 "check_every": 6,
-                "problems": 16,  # as many as evaluated: one shape, one compilation
+                "examples": 16,  # as many as evaluated: one shape, one compilation
             },
             "calibration": {"rows": 16, "batch": 8},
             "orders": {"axes": ("expert_ffn",), "random": 1, "rows": 8},
@@ -38,7 +38,7 @@ def get_config():
                     "sampling": (1.0, 1.0),
                 },
             },
-            "evaluation": {"problems": 16},
+            "evaluation": {"examples": 16},
         }
     )
     return config

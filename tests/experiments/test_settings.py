@@ -18,7 +18,7 @@ MISTAKES = {
     "--config.stages.short.stpes=5": ["stages.short.stpes", "did you mean 'steps'"],
     "--config.modle.embed=64": ["modle.embed", "did you mean 'model'"],
     "--config.save_every=often": ["save_every=often", "expected int", "100"],
-    "--config.parent.learning_rate=3e": ["learning_rate=3e", "expected float"],
+    "--config.parent_training.learning_rate=3e": ["learning_rate=3e", "expected float"],
     "--config.smoke=perhaps": ["smoke=perhaps", "expected bool"],
     "--config.stages.long.sampling=(5.0,": ["sampling=(5.0,", "expected tuple"],
     "--config.budgets.targets=(1.0,0.78,0.01)": [
@@ -30,20 +30,26 @@ MISTAKES = {
     "--config.model.kv_heads=0": ["kv_heads", "got 0"],
     "--config.modulus=12": ["modulus", "expected a prime", "12"],
     "--config.evaluation.context=20": ["context 20 is too short"],
-    "--config.parent.batch=60": ["Stage 'parent'", "60"],
+    "--config.parent_training.batch=60": ["Stage 'parent'", "60"],
     "--config.calibration.rows=33": ["calibration.rows", "multiple"],
     "--config.controls=half": ["controls", "'full'", "'half'"],
     "--config.on_nonfinite=ignore": ["on_nonfinite", "'skip'", "'ignore'"],
-    "--config.parent.accuracy_floor=1.5": ["accuracy_floor", "0..1", "1.5"],
-    "--config.parent.accuracy_target=nan": ["accuracy_target", "0..1", "nan"],
+    "--config.parent_training.floor=1.5": ["floor", "exact answers in 0..1", "1.5"],
+    "--config.parent_training.target=nan": ["target", "exact answers in 0..1", "nan"],
     "--config.router.hard_probability=7": ["router.hard_probability", "0..1", "7"],
     "--config.router.fit_first=-1": ["router.fit_first", "at least 0", "-1"],
     "--config.calibration.rows=0": ["calibration.rows", "at least 1", "got 0"],
     "--config.orders.rows=0": ["orders.rows", "at least 1", "got 0"],
     "--config.orders.random=-1": ["orders.random", "at least 1", "got -1"],
     "--config.budgets.names=('full',2,'')": ["budgets.names", "[2, '']"],
-    "--config.parent.sampling=(1.0,)": ["unknown", "parent.sampling"],
-    "--config.parent.router=frozen": ["unknown", "parent.router"],
+    "--config.parent_training.sampling=(1.0,)": ["unknown", "parent_training.samp"],
+    "--config.parent_training.router=frozen": ["unknown", "parent_training.router"],
+    "--config.parent=no/where": ["no/where"],
+    "--config.data.source=file": ["data.source 'file'", "did you mean 'files'"],
+    "--config.data.source=files": ["no files given"],
+    "--config.data.files=('a.txt',)": ["data.files", "needs data.source='files'"],
+    "--config.data.weights=(1.0,-1.0)": ["data.weights", "positive", "[-1.0]"],
+    "--config.model.vocab=63": ["model.vocab 63", "the data need 64 tokens"],
     "workdir": ["'workdir'", "--name=value"],
 }
 
@@ -167,7 +173,7 @@ def test_the_experiment_as_it_stands_is_right():
         config.smoke = smoke
         plan = settings.plan(config)
         assert plan.stages[0].router == "train"
-        assert (plan.values["parent"]["accuracy_floor"] == 0) == smoke
+        assert (plan.values["parent_training"]["floor"] == 0) == smoke
 
 
 def test_flags_change_what_is_planned():
