@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from elastic_jax.config import ModelConfig
 from elastic_jax.masks import BudgetMasks
 from elastic_jax.model import extend, init_cache
+from elastic_jax.sampling import draw, sampling
 
 
 class Generation(NamedTuple):
@@ -37,26 +38,32 @@ def generate(
     lengths: Int[Array, " b"] | None = None,
     stop_token: int | None = None,
     masks: BudgetMasks | None = None,
+    **options: Any,
 ) -> Generation:
-    """Continues every prompt greedily, until its stop token or `max_new_tokens`.
+    """Continues every prompt until its stop token or `max_new_tokens`.
 
     Args:
       prompts: token ids; a ragged batch is padded at the right and says so by
         `lengths`.
       lengths: valid tokens per prompt, at least 1.
       stop_token: ends a row; None runs every row to `max_new_tokens`.
+      options: of `sampling`: `temperature`, `top_k`, `top_p` and `seeds`, each one
+        value or one per row. Without, every row is greedy. What a row draws depends
+        on its own prompt and seed, not on the rows beside it.
 
     Compiles once per (cfg, shape of `prompts`, `max_new_tokens`).
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, lengths that do
-        not fit the prompts, or nothing to generate.
+        not fit the prompts, options out of range, or nothing to generate.
     """
     prompts = np.asarray(prompts)
     if lengths is None:
         lengths = np.full(prompts.shape[:1], prompts.shape[-1])
     lengths = np.asarray(lengths)
     problems = list(_problems(prompts, lengths, cfg, max_new_tokens, stop_token))
+    if any(leaf.ndim > 1 for leaf in jax.tree.leaves(masks)):
+        problems.append("masks change along time: give one mask per axis and layer")
     if problems:
         raise ValueError("cannot generate:\n  " + "\n  ".join(problems))
     return _decode(
@@ -64,20 +71,21 @@ def generate(
         jnp.asarray(prompts, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
         masks,
+        sampling(len(prompts), **options),
         cfg,
         max_new_tokens,
         -1 if stop_token is None else stop_token,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _decode(params, prompts, lengths, masks, cfg, max_new_tokens, stop_token):
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _decode(params, prompts, lengths, masks, how, cfg, max_new_tokens, stop_token):
     rows, time = prompts.shape
     dtype = params["embedding"].dtype
     cache = init_cache(cfg, rows, time + max_new_tokens, dtype=dtype)
     logits, cache = extend(params, prompts, cache, cfg, lengths=lengths, masks=masks)
     last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-    token = jnp.argmax(last, axis=-1).astype(jnp.int32)
+    token = draw(last, how, 0)
     tokens = jnp.full((rows, max_new_tokens), stop_token, jnp.int32)
 
     def unfinished(carry):
@@ -90,7 +98,7 @@ def _decode(params, prompts, lengths, masks, cfg, max_new_tokens, stop_token):
         lengths = lengths + ~done
         done = done | (token == stop_token)
         logits, cache = extend(params, token[:, None], cache, cfg, masks=masks)
-        token = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+        token = draw(logits[:, 0], how, n + 1)
         return n + 1, token, cache, done, tokens, lengths
 
     start = (0, token, cache, jnp.zeros(rows, bool), tokens, jnp.zeros(rows, jnp.int32))

@@ -209,8 +209,10 @@ def blaming(where: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        missing = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{where}: {missing}") from error
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        # Names in a manifest may hold halves of characters, which no terminal prints.
+        said = said.encode("utf-8", "backslashreplace").decode()
+        raise ValueError(f"{where}: {said}") from error
 
 
 # ----------------------------------------------------------- names, trees and values

@@ -94,8 +94,11 @@ def hidden_states(
 ) -> Float[Array, "b t d"]:
     """The model up to and including the final norm. Arguments as in `apply`.
 
-    `remat` keeps only each block's input for the backward pass.
+    `remat` keeps only each block's input for the backward pass. It excludes `tap`,
+    whose values would be those of a computation that runs twice.
     """
+    if remat and tap is not None:
+        raise ValueError("remat and tap: tap a forward pass without remat")
     context = {"segment_ids": segment_ids, "lengths": lengths}
     x, _ = _stack(params, tokens, cfg, masks, context, tap=tap, remat=remat)
     return x
@@ -116,7 +119,8 @@ def apply(
     Args:
       tokens: a token outside the vocabulary gives NaN logits for its row.
       masks: budget masks of `cfg`; None means the full model.
-      segment_ids: packed documents; nothing crosses from one id to the next.
+      segment_ids: packed documents; nothing crosses from one id to the next. A row
+        gives every document an id of its own.
       lengths: valid tokens per row, at the left; what follows is padding whose
         logits mean nothing.
       tap: `tap(layer, name, value)` sees activations while tracing; `layer` is the

@@ -24,6 +24,7 @@ FLOORS = (
         "fold",
         "importance",
         "curriculum",
+        "sampling",
         "data",
         "corpus",
         "packing",

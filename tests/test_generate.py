@@ -142,6 +142,27 @@ def test_masks_generate_what_the_slice_generates(params):
     assert (masked.tokens != run(params, PROMPTS, lengths=LENGTHS).tokens).any()
 
 
+def test_sampled_rows_do_not_depend_on_their_batch(params):
+    """Nor on the padding; another seed draws other tokens."""
+    options = {"temperature": 1.5, "top_p": 0.95}
+    seeds = np.arange(len(PROMPTS)) + 1
+    together = run(params, PROMPTS, lengths=LENGTHS, seeds=seeds, **options)
+    for i, n in enumerate(LENGTHS):
+        prompt = np.asarray(PROMPTS)[i : i + 1, :n]
+        alone = run(params, prompt, seeds=int(seeds[i]), **options)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+    other = run(params, PROMPTS, lengths=LENGTHS, seeds=seeds + 9, **options)
+    assert (other.tokens != together.tokens).any()
+    with pytest.raises(ValueError, match="temperature"):
+        run(params, PROMPTS, temperature=-1)
+
+
+def test_masks_along_time_are_refused(params):
+    masks = {"embed": jnp.ones((3, 6, CFG.embed))}
+    with pytest.raises(ValueError, match="masks change along time"):
+        run(params, PROMPTS, masks=masks)
+
+
 def test_equal_shapes_compile_once(params):
     """Whatever the prompts, their lengths and the stop token."""
     run(params, PROMPTS)

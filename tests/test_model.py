@@ -101,6 +101,11 @@ def test_rematerialisation_changes_no_gradient():
         np.testing.assert_allclose(got, want, **TIGHT)
 
 
+def test_rematerialisation_is_not_tapped():
+    with pytest.raises(ValueError, match="remat and tap"):
+        ej.hidden_states({}, texts(), CFG, remat=True, tap=lambda *_: None)
+
+
 def test_packed_documents_are_read_apart():
     """One row of several documents equals a right-padded row for each."""
     lengths = [5, 1, 6]
