@@ -9,7 +9,7 @@ import collections
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.pretty import Pretty
@@ -105,23 +105,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _import(given) -> Iterator[str]:
-    with _bars() as progress:
-        notes = convert.import_hf(
+def _import(given) -> list[str]:
+    return _written(
+        given.checkpoint,
+        lambda progress: convert.import_hf(
             given.directory,
             given.checkpoint,
             budgets=dict(map(_named_counts, given.budget)),
             allow_nonfinite=given.allow_nonfinite,
             overwrite=given.force,
             progress=progress,
-        )
-    yield from notes
-    yield f"written: {given.checkpoint}"
+        ),
+    )
 
 
-def _export(given) -> Iterator[str]:
-    with _bars() as progress:
-        notes = convert.export_hf(
+def _export(given) -> list[str]:
+    return _written(
+        given.directory,
+        lambda progress: convert.export_hf(
             given.checkpoint,
             given.directory,
             given.budget and convert.parse_budget_or_counts(given.budget),
@@ -129,22 +130,28 @@ def _export(given) -> Iterator[str]:
             pad_to_uniform=given.uniform,
             overwrite=given.force,
             progress=progress,
-        )
-    yield from notes
-    yield f"written: {given.directory}"
+        ),
+    )
 
 
-def _slice(given) -> Iterator[str]:
-    with _bars() as progress:
-        notes = convert.slice_nested(
+def _slice(given) -> list[str]:
+    return _written(
+        given.smaller,
+        lambda progress: convert.slice_nested(
             given.checkpoint,
             given.smaller,
             convert.parse_budget_or_counts(given.budget),
             overwrite=given.force,
             progress=progress,
-        )
-    yield from notes
-    yield f"written: {given.smaller}"
+        ),
+    )
+
+
+def _written(target: str, write: Callable) -> list[str]:
+    """Writes with a bar; what there is to say about it."""
+    with _bars() as progress:
+        notes = write(progress)
+    return [*notes, f"written: {target}"]
 
 
 def _named_counts(text: str) -> tuple[str, dict]:
