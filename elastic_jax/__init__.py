@@ -41,6 +41,7 @@ _ON_FIRST_USE = {
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",
     "generate": "generate",
+    "think_and_answer": "budget_control",
     "from_hf": "huggingface",
     "to_hf": "huggingface",
 }

@@ -1,20 +1,25 @@
 """Cached decoding: prompts in, tokens out, the whole loop in one jitted call.
 
-    b batch   t prompt length   n new tokens
+    b batch   t prompt length   n new tokens   v vocab
+
+`decode` is the loop that every way of generating runs; what ends a row is its rule.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from elastic_jax.config import ModelConfig
 from elastic_jax.masks import BudgetMasks
 from elastic_jax.model import extend, init_cache
-from elastic_jax.sampling import draw, sampling
+from elastic_jax.sampling import Sampling, draw, sampling
+
+Rule = Callable[[Array, Array, Any], tuple[Array, Any, Array]]
 
 
 class Generation(NamedTuple):
@@ -61,7 +66,8 @@ def generate(
     if lengths is None:
         lengths = np.full(prompts.shape[:1], prompts.shape[-1])
     lengths = np.asarray(lengths)
-    problems = list(_problems(prompts, lengths, cfg, max_new_tokens, stop_token))
+    problems = [*_problems(cfg, max_new_tokens, stop_token)]
+    problems += problems_of_prompts(prompts, lengths, cfg)
     if any(leaf.ndim > 1 for leaf in jax.tree.leaves(masks)):
         problems.append("masks change along time: give one mask per axis and layer")
     if problems:
@@ -81,38 +87,88 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _decode(params, prompts, lengths, masks, how, cfg, max_new_tokens, stop_token):
     rows, time = prompts.shape
-    dtype = params["embedding"].dtype
-    cache = init_cache(cfg, rows, time + max_new_tokens, dtype=dtype)
-    logits, cache = extend(params, prompts, cache, cfg, lengths=lengths, masks=masks)
+    cache = init_cache(
+        cfg, rows, time + max_new_tokens, dtype=params["embedding"].dtype
+    )
+    last, cache = read(params, prompts, lengths, cache, cfg, masks=masks)
+    rule = lambda n, token, state: (token, state, token == stop_token)
+    tokens, counts, _, _ = decode(
+        params, last, cache, cfg, how=how, rule=rule, limit=max_new_tokens, masks=masks
+    )
+    written = jnp.arange(max_new_tokens) < counts[:, None]
+    return Generation(jnp.where(written, tokens, stop_token), counts)
+
+
+def read(params, tokens, lengths, cache, cfg: ModelConfig, *, masks=None):
+    """Extends the cache by ragged rows; logits behind each row's last token [b, v]."""
+    logits, cache = extend(params, tokens, cache, cfg, lengths=lengths, masks=masks)
     last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-    token = draw(last, how, 0)
-    tokens = jnp.full((rows, max_new_tokens), stop_token, jnp.int32)
+    return last, cache
+
+
+def decode(
+    params: Any,
+    logits: Float[Array, "b v"],
+    cache: Any,
+    cfg: ModelConfig,
+    *,
+    how: Sampling,
+    rule: Rule,
+    limit: int,
+    state: Any = None,
+    number: Array | int = 0,
+    masks: BudgetMasks | None = None,
+):
+    """The loop, to be traced: draws, asks `rule`, reads; until every row has ended.
+
+    Args:
+      logits: what the first tokens are drawn from.
+      rule: `(n, token [b], state) -> (token, state, ends [b])` may replace the n-th
+        tokens, and says which rows end with them.
+      limit: of new tokens per row.
+      state: of the rule, a pytree.
+      number: how many tokens each row has drawn before, an int or [b].
+
+    Returns:
+      tokens [b, limit]; how many of them each row wrote [b]; the cache, which holds
+      all of a row but its last token; the rule's state.
+    """
+    rows = len(logits)
 
     def unfinished(carry):
-        n, _, _, done, _, _ = carry
-        return (n < max_new_tokens) & ~jnp.all(done)
+        n, _, _, done, _, _, _ = carry
+        return (n < limit) & ~jnp.all(done)
 
     def step(carry):
-        n, token, cache, done, tokens, lengths = carry
-        tokens = tokens.at[:, n].set(jnp.where(done, stop_token, token))
-        lengths = lengths + ~done
-        done = done | (token == stop_token)
-        logits, cache = extend(params, token[:, None], cache, cfg, masks=masks)
-        token = draw(logits[:, 0], how, n + 1)
-        return n + 1, token, cache, done, tokens, lengths
+        n, logits, cache, done, tokens, counts, state = carry
+        token, state, ends = rule(n, draw(logits, how, number + n), state)
+        tokens = tokens.at[:, n].set(jnp.where(done, 0, token))
+        counts = counts + ~done
+        done = done | ends
+        more = (~done & (n + 1 < limit)).astype(jnp.int32)
+        logits, cache = extend(
+            params, token[:, None], cache, cfg, lengths=more, masks=masks
+        )
+        return n + 1, logits[:, 0], cache, done, tokens, counts, state
 
-    start = (0, token, cache, jnp.zeros(rows, bool), tokens, jnp.zeros(rows, jnp.int32))
-    *_, tokens, lengths = jax.lax.while_loop(unfinished, step, start)
-    return Generation(tokens, lengths)
+    nothing = jnp.zeros(rows, jnp.int32)
+    tokens = jnp.zeros((rows, limit), jnp.int32)
+    start = (0, logits, cache, nothing > 0, tokens, nothing, state)
+    _, _, cache, _, tokens, counts, state = jax.lax.while_loop(unfinished, step, start)
+    return tokens, counts, cache, state
 
 
-def _problems(prompts, lengths, cfg, max_new_tokens, stop_token):
+def _problems(cfg, max_new_tokens, stop_token):
     if not _is_int(max_new_tokens) or max_new_tokens < 1:
         yield f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}"
     if stop_token is not None and not _is_int(stop_token):
         yield f"stop_token must be an int or None, got {stop_token!r}"
     elif stop_token is not None and not 0 <= stop_token < cfg.vocab:
         yield f"stop_token {stop_token} is outside the vocabulary of {cfg.vocab}"
+
+
+def problems_of_prompts(prompts, lengths, cfg: ModelConfig) -> Iterator[str]:
+    """Every reason why these cannot be prompts."""
     if prompts.ndim != 2 or not np.issubdtype(prompts.dtype, np.integer):
         yield f"prompts must be integers [b, t], got {prompts.dtype} {prompts.shape}"
         return

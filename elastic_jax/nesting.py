@@ -174,6 +174,20 @@ def nested(cfg: ModelConfig, small: Counts, large: Counts) -> bool:
     return True
 
 
+def resized(tree: Any, like: Any) -> Any:
+    """Every array cut to a prefix, or extended by zeros, to the shape of its like.
+
+    A cache that a slice wrote, extended, is the one that its masked parent writes.
+    """
+
+    def fit(array, target):
+        cut = array[tuple(map(slice, target.shape))]
+        more = [(0, n - m) for n, m in zip(target.shape, cut.shape, strict=True)]
+        return jnp.pad(cut, more)
+
+    return jax.tree.map(fit, tree, like)
+
+
 def within(cfg: ModelConfig, small: Counts, large: Counts) -> Counts:
     """The counts that cut `small` out of `large`, a submodel that it is nested in."""
     inner, outer = resolved(cfg, small), resolved(cfg, large)

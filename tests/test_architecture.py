@@ -42,7 +42,10 @@ FLOORS = (
         "measures",
         "findings",
     ),
-    ("elastic", "train", "metrics", "fit", "generate", "convert", "report"),
+    (
+        *("elastic", "train", "metrics", "fit", "generate", "budget_control"),
+        *("convert", "report"),
+    ),
     ("__main__",),
 )
 ALONE = {
