@@ -49,7 +49,7 @@ from elastic_jax.huggingface.names import Layout, Table
 from elastic_jax.huggingface.shards import DTYPES, INDEX, SINGLE
 from elastic_jax.lazy import lazy
 
-SECONDS = float(os.environ.get("MUTATION_SECONDS", 20))
+SECONDS = float(os.environ.get("MUTATION_SECONDS", 60))
 SEED = int(os.environ.get("MUTATION_SEED", 0))
 LONGEST_SECONDS, LARGEST_GROWTH_BYTES = 1.0, 2**28
 
