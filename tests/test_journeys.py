@@ -3,10 +3,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import elastic_jax as ej
+from elastic_jax.__main__ import main
 from elastic_jax.budgets import ZONE
 
 
@@ -74,3 +76,22 @@ def test_a_budget_generates_what_its_masked_parent_does(nested):
     sliced = ej.generate(small, prompts, small_cfg, **options)
     masked = ej.generate(params, prompts, cfg, masks=masks, **options)
     np.testing.assert_array_equal(sliced.tokens, masked.tokens)
+
+
+def test_a_budget_leaves_for_transformers(smoke_workdir, nested, tmp_path):
+    """The experiment's checkpoint, exported by the command line, read by PyTorch."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path, out = str(smoke_workdir / "checkpoint"), str(tmp_path / "small")
+    assert main(["export", path, out, "--budget", "small"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for block in model.model.layers:  # its prefill clamps dt, its decoding does not
+        if hasattr(block.mixer, "time_step_limit"):
+            block.mixer.time_step_limit = (0.0, float("inf"))
+    params, cfg = nested.restore("small")
+    tokens = np.arange(24).reshape(2, 12) % cfg.vocab
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens), use_cache=False).logits.numpy()
+    ours = ej.apply(params, jnp.asarray(tokens), cfg)
+    bound = 2e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound)
