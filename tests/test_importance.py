@@ -93,7 +93,7 @@ def replaced(params, layer, **leaves):
 
 
 def assert_same(a, b, rtol=0.0):
-    """Equal, or to rounding: small sums cancel, so they are judged beside the largest."""
+    """Equal, or to rounding: a small sum is judged beside the largest."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         atol = rtol * 1e-2 * np.max(np.abs(y), initial=0)
