@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 from elastic_jax import nesting
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig
-from elastic_jax.generate import decode, problems_of_prompts, read
+from elastic_jax.generate import decode, problems_of_prompts, ragged, read, until
 from elastic_jax.model import init_cache, param_specs
 from elastic_jax.sampling import sampling
 
@@ -86,10 +86,7 @@ def think_and_answer(
       ValueError: with everything that does not fit; a transplant between submodels
         that keep different blocks.
     """
-    prompts = np.asarray(prompts)
-    if lengths is None:
-        lengths = np.full(prompts.shape[:1], prompts.shape[-1])
-    lengths, caps = np.asarray(lengths), np.asarray(thinking_cap)
+    (prompts, lengths), caps = ragged(prompts, lengths), np.asarray(thinking_cap)
     rows = len(prompts) if prompts.ndim else 0
     problems = [*problems_of_prompts(prompts, lengths, cfg)]
     problems += _misfits(
@@ -181,7 +178,7 @@ def _run(
         cache,
         model_cfg,
         how=how,
-        rule=lambda _, token, state: (token, state, token == stop_token),
+        rule=until(stop_token),
         limit=most_answer,
         number=n,
     )

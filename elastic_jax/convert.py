@@ -16,6 +16,7 @@ from elastic_jax.axes import AXES, Counts
 from elastic_jax.checkpoint import Nested, open_nested, save_nested
 from elastic_jax.config import did_you_mean
 from elastic_jax.cost import cost
+from elastic_jax.directories import check_free
 from elastic_jax.huggingface import model_card, open_hf, to_hf
 from elastic_jax.model import param_specs
 
@@ -46,7 +47,7 @@ def import_hf(
       OSError: the disk is full or failed; `path` is as before.
     """
     _apart(directory, path)
-    _free(path, overwrite)
+    check_free(path, overwrite=overwrite)
     opened = open_hf(
         directory,
         allow_nonfinite=allow_nonfinite,
@@ -141,7 +142,7 @@ def slice_nested(
       OSError: the disk is full or failed; `path` is as before.
     """
     _apart(checkpoint, path)
-    _free(path, overwrite)
+    check_free(path, overwrite=overwrite)
     nested = open_nested(checkpoint)
     params, cfg = nested.lazy(budget)
     whole = nested.counts(budget)
@@ -212,8 +213,3 @@ def _apart(source: str | os.PathLike, target: str | os.PathLike) -> None:
     one, other = Path(source).resolve(), Path(target).resolve()
     if one == other or one in other.parents or other in one.parents:
         raise ValueError(f"{target} and {source} lie within one another: take another")
-
-
-def _free(path: str | os.PathLike, overwrite: bool) -> None:
-    if os.path.lexists(path) and not overwrite:
-        raise ValueError(f"{path} exists: take another path, or overwrite (--force)")

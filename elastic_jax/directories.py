@@ -48,8 +48,7 @@ def appearing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     _put_back_or_remove(path)
-    if os.path.lexists(path) and not overwrite:
-        raise ValueError(f"{path} exists: take another path, or overwrite (--force)")
+    check_free(path, overwrite=overwrite)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} is not a directory: take another path")
     partial = _beside(path, "partial", secrets.token_hex(4))
@@ -61,6 +60,12 @@ def appearing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             (path / LOCK).unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: str | os.PathLike, *, overwrite: bool) -> None:
+    """Refuses a path that is taken; also to say so before long work begins."""
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{path} exists: take another path, or overwrite (--force)")
 
 
 def _beside(path: Path, kind: str, token: str) -> Path:

@@ -62,10 +62,7 @@ def generate(
       ValueError: an empty prompt, a token outside the vocabulary, lengths that do
         not fit the prompts, options out of range, or nothing to generate.
     """
-    prompts = np.asarray(prompts)
-    if lengths is None:
-        lengths = np.full(prompts.shape[:1], prompts.shape[-1])
-    lengths = np.asarray(lengths)
+    prompts, lengths = ragged(prompts, lengths)
     problems = [*_problems(cfg, max_new_tokens, stop_token)]
     problems += problems_of_prompts(prompts, lengths, cfg)
     if any(leaf.ndim > 1 for leaf in jax.tree.leaves(masks)):
@@ -91,12 +88,31 @@ def _decode(params, prompts, lengths, masks, how, cfg, max_new_tokens, stop_toke
         cfg, rows, time + max_new_tokens, dtype=params["embedding"].dtype
     )
     last, cache = read(params, prompts, lengths, cache, cfg, masks=masks)
-    rule = lambda n, token, state: (token, state, token == stop_token)
     tokens, counts, _, _ = decode(
-        params, last, cache, cfg, how=how, rule=rule, limit=max_new_tokens, masks=masks
+        params,
+        last,
+        cache,
+        cfg,
+        how=how,
+        rule=until(stop_token),
+        limit=max_new_tokens,
+        masks=masks,
     )
     written = jnp.arange(max_new_tokens) < counts[:, None]
     return Generation(jnp.where(written, tokens, stop_token), counts)
+
+
+def ragged(prompts, lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts and lengths on the host, unchecked; without lengths all are full."""
+    prompts = np.asarray(prompts)
+    if lengths is None:
+        lengths = np.full(prompts.shape[:1], prompts.shape[-1])
+    return prompts, np.asarray(lengths)
+
+
+def until(stop_token) -> Rule:
+    """The rule of rows that end with a token."""
+    return lambda n, token, state: (token, state, token == stop_token)
 
 
 def read(params, tokens, lengths, cache, cfg: ModelConfig, *, masks=None):

@@ -216,10 +216,7 @@ def _expert(last: LastRead, stack: LazyArray, i: int) -> np.ndarray:
 
 def _outer_shape(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a parameter over there: batch, rows, columns."""
-    size = dict(zip(spec.dims, shape, strict=True))
-    batch = tuple(size[dim] for dim in spec.batch)
-    rows = math.prod(size[dim] for dim in spec.produced)
-    columns = math.prod(size[dim] for dim in spec.contracted)
+    batch, columns, rows = _sides(spec, shape)
     if spec.init == "embedding":  # a lookup: its rows are what it is indexed by
         return columns, rows
     if spec.contracted == ("conv_width",):  # depthwise: one input channel each
@@ -231,22 +228,27 @@ def _inner(value: np.ndarray, spec: ParamSpec, shape: tuple[int, ...]) -> np.nda
     """A parameter from its rows over there."""
     if spec.init == "embedding" or not spec.contracted:
         return value.reshape(shape)
-    rows = value.reshape(*shape[: len(spec.batch)], -1, _columns(spec, shape))
-    return np.ascontiguousarray(np.swapaxes(rows, -1, -2)).reshape(shape)
+    batch, columns, rows = _sides(spec, shape)
+    turned = np.swapaxes(value.reshape(*batch, rows, columns), -1, -2)
+    return np.ascontiguousarray(turned).reshape(shape)
 
 
 def _outer(value: np.ndarray, spec: ParamSpec) -> np.ndarray:
     """A parameter as rows over there: the inverse of `_inner`."""
-    if spec.init == "embedding" or not spec.contracted:
-        return value.reshape(_outer_shape(spec, value.shape))
-    batch = value.shape[: len(spec.batch)]
-    columns = value.reshape(*batch, _columns(spec, value.shape), -1)
-    return np.swapaxes(columns, -1, -2).reshape(_outer_shape(spec, value.shape))
+    shape = _outer_shape(spec, value.shape)
+    if spec.contracted and spec.init != "embedding":
+        batch, columns, rows = _sides(spec, value.shape)
+        value = np.swapaxes(value.reshape(*batch, columns, rows), -1, -2)
+    return value.reshape(shape)
 
 
-def _columns(spec: ParamSpec, shape: tuple[int, ...]) -> int:
+def _sides(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[tuple, int, int]:
+    """Batch dimensions, and both sides of the arrow flattened: contracted, produced."""
     size = dict(zip(spec.dims, shape, strict=True))
-    return math.prod(size[dim] for dim in spec.contracted)
+    batch = tuple(size[dim] for dim in spec.batch)
+    sides = (spec.contracted, spec.produced)
+    columns, rows = (math.prod(size[dim] for dim in side) for side in sides)
+    return batch, columns, rows
 
 
 def _together(entry: Entry, values: list[np.ndarray]) -> np.ndarray:

@@ -22,6 +22,7 @@ from elastic_jax.huggingface.config import Described, from_json
 from elastic_jax.huggingface.names import ROUTER_BIAS, Layout, Table
 from elastic_jax.huggingface.shards import inside, read_json, read_shards, refuse
 from elastic_jax.huggingface.uniform import MASKED_BIAS
+from elastic_jax.lazy import pieces
 from elastic_jax.model import param_specs
 
 # What a tokenizer needs, and how to generate: copied as they are, never looked into.
@@ -209,9 +210,8 @@ def _masked_experts(tensors, table: Table) -> set[tuple[str, int]]:
     return off
 
 
-def _nonfinite(value: np.ndarray, piece: int = 2**24) -> int:
+def _nonfinite(value: np.ndarray) -> int:
     """How many values are NaN or infinite, without a mask as large as the array."""
-    flat = value.reshape(-1)
-    pieces = (flat[i : i + piece] for i in range(0, flat.size, piece))
+    parts = pieces(value.reshape(-1))
     with np.errstate(invalid="ignore"):  # a NaN may be of the signalling kind
-        return sum(int(np.count_nonzero(~np.isfinite(part))) for part in pieces)
+        return sum(int(np.count_nonzero(~np.isfinite(part))) for part in parts)

@@ -373,7 +373,7 @@ def _write_shard(file: Path, tensors: Mapping[str, LazyArray]) -> Iterator[int]:
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
-            value = np.asarray(tensor.read(), order="C")
+            value = np.asarray(tensor.read())
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name}: announced {tensor}, read {value.shape}")
             for piece in pieces(value):  # a transposed one is copied piece by piece
