@@ -1,6 +1,6 @@
 """Thinking with one submodel, answering with another, from one set of weights.
 
-    b batch   t prompt length   n thought   a answer   v vocab
+    b batch   t prompt length   n thought   a answer
 
 A thought ends with the end-of-thinking token, or is ended: past its cap, at the next
 newline, and past the grace after it in any case, the end-of-thinking tokens are
@@ -10,63 +10,92 @@ it reads again (`reprefill`), or the thinking model's cache (`transplant`): cut 
 prefix, or extended by zeros, which is what a masked parent would have written.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from elastic_jax import nesting
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig
-from elastic_jax.generate import decode, problems_of_prompts, ragged, read, until
-from elastic_jax.model import init_cache, param_specs
+from elastic_jax.decoding import Draft, Submodel, length_bucket
+from elastic_jax.generate import (
+    Batch,
+    attempt,
+    problems_of_counts,
+    problems_of_drafts,
+    problems_of_exactness,
+    problems_of_limits,
+    problems_of_prompts,
+    ragged,
+    trimmed,
+)
+from elastic_jax.model import init_cache
 from elastic_jax.sampling import sampling
+from elastic_jax.stopping import at_stop, is_token, stops
 
 HAND_OVERS = ("reprefill", "transplant")
 
 
-class Thought(NamedTuple):
-    """What was thought and answered.
+@dataclasses.dataclass(frozen=True)
+class Thought:
+    """What was thought and answered, on the host.
 
     Attributes:
       thoughts: [b, n], 0 behind a row's end.
       thought_lengths: [b], the end-of-thinking tokens included.
       capped: [b], whether the thought was ended for it.
       answers: [b, a], 0 behind a row's end.
-      answer_lengths: [b], the stop token included.
+      answer_lengths: [b], what stopped it included.
+      stopped: [b], whether a stop token or string ended the answer, not its limit.
+      rounds: calls of the models per row [b] in "think" and in "answer".
+      seconds: of reading the prompts ("read"), "think", "hand_over" and "answer".
     """
 
-    thoughts: Int[Array, "b n"]
-    thought_lengths: Int[Array, " b"]
-    capped: Bool[Array, " b"]
-    answers: Int[Array, "b a"]
-    answer_lengths: Int[Array, " b"]
+    thoughts: Int[np.ndarray, "b n"]
+    thought_lengths: Int[np.ndarray, " b"]
+    capped: Bool[np.ndarray, " b"]
+    answers: Int[np.ndarray, "b a"]
+    answer_lengths: Int[np.ndarray, " b"]
+    stopped: Bool[np.ndarray, " b"]
+    rounds: Mapping[str, Int[np.ndarray, " b"]]
+    seconds: Mapping[str, float]
 
 
 def think_and_answer(
     params: Any,
-    prompts: Int[Array, "b t"],
+    prompts: Int[np.ndarray, "b t"],
     cfg: ModelConfig,
     *,
     think: Counts | None = None,
     answer: Counts | None = None,
     end_of_thinking: Sequence[int],
-    stop_token: int,
     thinking_cap: Any,
-    max_answer: int,
+    max_answer: Any,
+    stop_tokens: int | Sequence[int] | None = (),
+    stop_strings: Sequence[str | bytes] = (),
+    pieces: Sequence[bytes] | None = None,
     grace: int = 0,
     newline: int | None = None,
-    lengths: Int[Array, " b"] | None = None,
+    lengths: Int[np.ndarray, " b"] | None = None,
     hand_over: str = "reprefill",
+    draft: Counts | None = None,
+    draft_tokens: int = 4,
+    exact: bool = False,
+    listener: Callable | None = None,
+    rehearse: bool = False,
     **options: Any,
 ) -> Thought:
     """Lets one submodel think about every prompt, and another answer it.
 
-    Both are cut from `params` inside the compiled call.
+    Both are cut from `params` inside the compiled calls, which are those of
+    `generate`: a submodel is compiled once, whoever it works with.
 
     Args:
       prompts, lengths: as of `generate`; a prompt ends where the thought begins.
@@ -76,169 +105,179 @@ def think_and_answer(
       thinking_cap: tokens of a thought after which it is ended, one or one per row.
       grace: tokens after the cap in which it may still reach a newline.
       newline: the token that ends a line; None ends the thought at the cap.
-      max_answer, stop_token: the answer's cap, and what ends it.
+      max_answer: tokens of an answer, one number or one per row.
+      stop_tokens, stop_strings, pieces: what ends an answer; as of `generate`.
       hand_over: "reprefill" or "transplant".
+      draft, draft_tokens, exact, rehearse: as of `generate`; drafts serve both phases.
+      listener: as of `generate`, with the phase, "think" or "answer", before the rest.
       options: of `sampling`.
-
-    Compiles once per pair of counts, shape of `prompts`, largest cap and `max_answer`.
 
     Raises:
       ValueError: with everything that does not fit; a transplant between submodels
         that keep different blocks.
     """
-    (prompts, lengths), caps = ragged(prompts, lengths), np.asarray(thinking_cap)
+    prompts, lengths = ragged(prompts, lengths)
     rows = len(prompts) if prompts.ndim else 0
     problems = [*problems_of_prompts(prompts, lengths, cfg)]
-    problems += _misfits(
-        cfg, caps, rows, end_of_thinking, stop_token, newline, grace, max_answer
-    )
-    whole = nesting.counts(cfg)
-    think, answer = think or whole, answer or whole
+    problems += problems_of_limits("thinking_cap", thinking_cap, rows)
+    problems += problems_of_limits("max_answer", max_answer, rows)
+    problems += _misfits(cfg, end_of_thinking, newline, grace)
     problems += _impossible(cfg, think, answer, hand_over)
+    problems += problems_of_drafts(draft, draft_tokens, exact)
+    problems += problems_of_exactness(exact, rows)
+    ending = attempt(problems, stops, cfg.vocab, stop_tokens, stop_strings, pieces)
+    how = attempt(problems, sampling, max(rows, 1), **options)
     if problems:
         raise ValueError("cannot think and answer:\n  " + "\n  ".join(problems))
-    end = tuple(int(token) for token in end_of_thinking)
-    limit = int(caps.max()) + grace + len(end)
-    return _run(
-        params,
-        jnp.asarray(prompts, jnp.int32),
-        jnp.asarray(lengths, jnp.int32),
-        jnp.asarray(np.broadcast_to(caps, (rows,)), jnp.int32),
-        sampling(rows, **options),
-        cfg=cfg,
-        think=think,
-        answer=answer,
-        end=end,
-        stop_token=stop_token,
-        newline=newline,
-        grace=grace,
-        limits=(limit, max_answer),
-        hand_over=hand_over,
+    caps = np.broadcast_to(thinking_cap, (rows,))
+    most_thought = caps + grace + len(end_of_thinking)
+    most_answer = np.broadcast_to(max_answer, (rows,))
+    longest = np.max(lengths + most_thought + most_answer)
+    batch = Batch(
+        params, how, rows, capacity=length_bucket(longest, exact=exact), exact=exact
     )
+    drafter = None if draft is None else Draft(Submodel(cfg, draft), draft_tokens)
+    thinker, answerer = (Submodel(cfg, counts, exact) for counts in (think, answer))
+    clock = _Clock()
 
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        *("cfg", "think", "answer", "end", "stop_token", "newline", "grace"),
-        *("limits", "hand_over"),
-    ),
-)
-def _run(
-    params,
-    prompts,
-    lengths,
-    caps,
-    how,
-    *,
-    cfg,
-    think,
-    answer,
-    end,
-    stop_token,
-    newline,
-    grace,
-    limits,
-    hand_over,
-):
-    (rows, time), (most_thought, most_answer) = prompts.shape, limits
-    capacity = time + most_thought + most_answer
-    specs, dtype = param_specs(cfg), params["embedding"].dtype
-    thinker, thinker_cfg = (
-        nesting.slice_params(params, specs, think),
-        nesting.slice_config(cfg, think),
-    )
-    empty = init_cache(thinker_cfg, rows, capacity, dtype=dtype)
-    last, cache = read(thinker, prompts, lengths, empty, thinker_cfg)
-    rule, state = _thinking(rows, caps, end, newline, grace)
-    thoughts, n, cache, (_, capped, *_) = decode(
+    text = batch.read(prompts, lengths, thinker, drafter)
+    clock("read")
+    thought, text = batch.write(
+        text,
         thinker,
-        last,
-        cache,
-        thinker_cfg,
-        how=how,
-        rule=rule,
-        limit=most_thought,
-        state=state,
+        0 * most_thought if rehearse else most_thought,
+        rule=_at_end_of_thought,
+        data=_Thinking(
+            batch.filled(caps),
+            np.int32(grace),
+            np.int32(-1 if newline is None else newline),
+            np.asarray(end_of_thinking, np.int32),
+        ),
+        state=(np.int32(0), False, np.int32(-1)),
+        drawn=0,
+        listener=listener and functools.partial(listener, "think"),
+        draft=drafter,
     )
-
-    model = nesting.slice_params(params, specs, answer)
-    model_cfg = nesting.slice_config(cfg, answer)
-    fresh = init_cache(model_cfg, rows, capacity, dtype=dtype)
+    thoughts = trimmed(thought, rows, int(most_thought.max()))
+    clock("think")
     if hand_over == "transplant":
-        cache = nesting.resized(cache, fresh)
-        final = jnp.take_along_axis(thoughts, n[:, None] - 1, axis=1)
-        last, cache = read(model, final, jnp.ones_like(n), cache, model_cfg)
+        cache = _moved(text.cache, submodel=answerer, capacity=batch.capacity)
+        text = jax.block_until_ready(text._replace(cache=cache))
     else:
-        text = _joined(prompts, lengths, thoughts, n)
-        last, cache = read(model, text, lengths + n, fresh, model_cfg)
-    answers, m, _, _ = decode(
-        model,
-        last,
-        cache,
-        model_cfg,
-        how=how,
-        rule=until(stop_token),
-        limit=most_answer,
-        number=n,
+        text = batch.read(
+            *_joined(prompts, lengths, thoughts["tokens"], thoughts["lengths"]),
+            answerer,
+            drafter,
+        )
+    clock("hand_over")
+    # A row that was ended from outside has no thought to answer from.
+    limits = np.where(np.asarray(thought.ended)[:rows], most_answer, 0)
+    written, _ = batch.write(
+        text,
+        answerer,
+        limits,
+        rule=at_stop,
+        data=ending,
+        state=np.int32(0),
+        drawn=thoughts["lengths"],
+        listener=listener and functools.partial(listener, "answer"),
+        draft=drafter,
     )
-    return Thought(thoughts, n, capped, answers, m)
+    answers = trimmed(written, rows, int(most_answer.max()))
+    clock("answer")
+    return Thought(
+        thoughts["tokens"],
+        thoughts["lengths"],
+        np.asarray(thought.state[1])[:rows],
+        answers["tokens"],
+        answers["lengths"],
+        np.asarray(written.ended)[:rows],
+        {
+            phase: np.asarray(each.rounds)[:rows]
+            for phase, each in (("think", thought), ("answer", written))
+        },
+        clock.seconds,
+    )
 
 
-def _thinking(rows: int, caps, end, newline, grace):
-    """The rule of a thought, and its state.
+class _Clock:
+    """Names the seconds since it was last asked."""
 
-    The state: which end-of-thinking token is next; whether the thought was ended; the
-    last token; whether the row is over, for the rule is asked about such rows too.
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+
+@functools.partial(jax.jit, static_argnames=("submodel", "capacity"))
+def _moved(cache, *, submodel: Submodel, capacity: int):
+    """The cache of one submodel, cut or extended to be that of another."""
+    like = functools.partial(
+        init_cache, submodel.cut_cfg, len(cache["filled"]), capacity
+    )
+    return nesting.resized(cache, jax.eval_shape(like))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Thinking:
+    """What ends the thoughts: caps [b], grace, the newline or -1, tokens to force."""
+
+    caps: Any
+    grace: Any
+    newline: Any
+    end: Any
+
+
+def _at_end_of_thought(data: _Thinking, n, token, state):
+    """The rule of a thought.
+
+    The state: which end-of-thinking token is next; whether the thought was ended for
+    it; the last token.
     """
-    forced_tokens = jnp.asarray(end, jnp.int32)
-
-    def rule(n, token, state):
-        forced, capped, before, over = state
-        at_line_end = newline is None or before == newline
-        late = (n >= caps) & (at_line_end | (n >= caps + grace))
-        capped = capped | (late & ~over)
-        token = jnp.where(capped, forced_tokens[forced], token)
-        ends = jnp.where(capped, forced == len(end) - 1, token == end[-1])
-        forced = jnp.minimum(forced + capped, len(end) - 1)
-        return token, (forced, capped, token, over | ends), ends
-
-    nothing = jnp.zeros(rows, jnp.int32)
-    return rule, (nothing, nothing > 0, nothing - 1, nothing > 0)
+    forced, capped, before = state
+    at_line_end = (data.newline < 0) | (before == data.newline)
+    last = len(data.end) - 1
+    capped = capped | ((n >= data.caps) & (at_line_end | (n >= data.caps + data.grace)))
+    token = jnp.where(capped, data.end[forced], token)
+    ends = jnp.where(capped, forced == last, token == data.end[last])
+    forced = jnp.minimum(forced + capped, last)
+    return token, (forced, capped, token), ends
 
 
-def _joined(prompts, lengths, thoughts, counts):
-    """Each row's prompt and thought without a gap: [b, t + n], padded at the right."""
-    whole = jnp.concatenate([prompts, thoughts], axis=1)
-    at, time = jnp.arange(whole.shape[1]), prompts.shape[1]
-    start = lengths[:, None]
-    source = jnp.where(at < start, at, at - start + time)
-    valid = at < start + counts[:, None]
-    moved = jnp.take_along_axis(whole, jnp.where(valid, source, 0), axis=1)
-    return jnp.where(valid, moved, 0)
+def _joined(prompts, lengths, thoughts, counts) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's prompt and thought without a gap, padded at the right; its length."""
+    whole = np.concatenate([prompts, thoughts], axis=1).astype(np.int32)
+    for row, start, n in zip(whole, lengths, counts, strict=True):
+        thought = row[prompts.shape[1] :][:n].copy()
+        row[start:] = 0
+        row[start : start + n] = thought
+    return whole, lengths + counts
 
 
-def _misfits(cfg, caps, rows, end, stop_token, newline, grace, max_answer):
-    if caps.shape not in ((), (rows,)) or caps.dtype.kind not in "iu" or caps.min() < 1:
-        yield f"thinking_cap: expected ints from 1 on, one or {rows}, got {caps}"
-    for name, number, least in (("grace", grace, 0), ("max_answer", max_answer, 1)):
-        if type(number) is not int or number < least:
-            yield f"{name}: expected an int from {least} on, got {number!r}"
+def _misfits(cfg, end, newline, grace):
+    if type(grace) is not int or grace < 0:
+        yield f"grace: expected an int from 0 on, got {grace!r}"
     if not len(end):
         yield "end_of_thinking: expected at least one token"
-    named = {"stop_token": stop_token, "newline": newline}
-    for name, token in [*named.items(), *(("end_of_thinking", t) for t in end)]:
-        inside = isinstance(token, int | np.integer) and 0 <= token < cfg.vocab
-        if not inside and not (name == "newline" and token is None):
+    named = [] if newline is None else [("newline", newline)]
+    for name, token in [*named, *(("end_of_thinking", t) for t in end)]:
+        if not is_token(token, cfg.vocab):
             yield f"{name}: expected a token in 0..{cfg.vocab - 1}, got {token!r}"
 
 
 def _impossible(cfg, think, answer, hand_over):
+    named = {"think": think, "answer": answer}
+    wrong = [p for name, c in named.items() for p in problems_of_counts(name, c)]
+    yield from wrong
     if hand_over not in HAND_OVERS:
         yield f"hand_over: expected one of {HAND_OVERS}, got {hand_over!r}"
+    if wrong or hand_over != "transplant":
         return
-    blocks = [nesting.resolved(cfg, counts)["layers"] for counts in (think, answer)]
-    if hand_over == "transplant" and blocks[0] != blocks[1]:
+    kept = [nesting.resolved(cfg, counts or {})["layers"] for counts in named.values()]
+    if kept[0] != kept[1]:
         yield (
             "transplant: the two submodels keep different blocks, whose states do not "
             "correspond; use hand_over='reprefill'"

@@ -152,11 +152,15 @@ def extend(
     *,
     lengths: Int[Array, " b"] | None = None,
     masks: BudgetMasks | None = None,
+    tentative: bool = False,
+    scan: str | None = None,
 ) -> tuple[Float[Array, "b t v"], Any]:
     """Reads `tokens` behind what the cache holds: prefill, chunk and single step.
 
     Args:
       lengths: how many of `tokens` are valid per row; the cache advances by them.
+      tentative: it advances later, by `settle`, which may keep fewer tokens.
+      scan: the implementation of `elastic_kernels.ssd`.
 
     Returns:
       logits as of `apply`, and the new cache. A row that would overflow the cache
@@ -172,13 +176,37 @@ def extend(
             "make it longer with init_cache(cfg, batch, length)"
         )
     context = {"segment_ids": None, "lengths": lengths}
-    x, layers = _stack(params, tokens, cfg, masks, context, cache=cache)
+    options = {"cache": cache, "tentative": tentative, "scan": scan}
+    x, layers = _stack(params, tokens, cfg, masks, context, **options)
     new = tokens.shape[1] if lengths is None else lengths.astype(jnp.int32)
     filled = cache["filled"] + new
     y = logits(params, x)
     if capacity is not None:
         y = jnp.where((filled <= capacity)[:, None, None], y, jnp.nan)
+    filled = cache["filled"] if tentative else filled
     return y, {"filled": filled, "layers": layers[: len(cache["layers"])]}
+
+
+def settle(
+    params, cache, cfg: ModelConfig, *, lengths: Int[Array, " b"], scan=None
+) -> Any:
+    """The cache behind the first `lengths` of the tokens that were read tentatively.
+
+    What the others left in it is out of sight, and overwritten by what follows: this
+    is how a model takes back tokens without a copy of its state for each.
+
+    Args:
+      lengths: at most what was valid when the tokens were read.
+      scan: as it was for `extend`.
+    """
+    layers = [
+        mamba2.settle(params["layers"][i], entry, lengths, scan=scan)
+        if cfg.pattern[i] == "M"
+        else entry
+        for i, entry in enumerate(cache["layers"])
+    ]
+    filled = cache["filled"] + lengths.astype(jnp.int32)
+    return {"filled": filled, "layers": tuple(layers)}
 
 
 def cache_length(cache, cfg: ModelConfig) -> int | None:
@@ -188,7 +216,19 @@ def cache_length(cache, cfg: ModelConfig) -> int | None:
     return cache["layers"][cfg.pattern.index("*")]["k"].shape[1]
 
 
-def _stack(params, tokens, cfg, masks, context, *, cache=None, tap=None, remat=False):
+def _stack(
+    params,
+    tokens,
+    cfg,
+    masks,
+    context,
+    *,
+    cache=None,
+    tap=None,
+    remat=False,
+    tentative=False,
+    scan=None,
+):
     """All blocks and the final norm; returns hidden states and the layer caches."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
@@ -209,7 +249,10 @@ def _stack(params, tokens, cfg, masks, context, *, cache=None, tap=None, remat=F
     x = elastic(x, model_masks, "embed", dim=-1)
     caches = []
     for i, kind in enumerate(cfg.pattern):
-        step = functools.partial(_block, kind=kind, cfg=cfg, tap=_bind(tap, i))
+        run = _FUNCTIONS[kind](cfg)
+        if kind == "M":
+            run = functools.partial(run, tentative=tentative, scan=scan)
+        step = functools.partial(_block, run=run, kind=kind, cfg=cfg, tap=_bind(tap, i))
         step = jax.checkpoint(step) if remat else step
         entry = None
         if cache is not None:
@@ -231,14 +274,12 @@ def _stack(params, tokens, cfg, masks, context, *, cache=None, tap=None, remat=F
     )
 
 
-def _block(layer_params, x, masks, gamma, *, kind, cfg, cache, tap, **context):
+def _block(layer_params, x, masks, gamma, *, run, kind, cfg, cache, tap, **context):
     """One residual block: x + gamma * layer(norm(x))."""
     h = _norm(layer_params["norm"], x, masks, cfg, tap)
     if cache is not None and not LAYERS[kind].CACHE:
         cache = {}
-    update, cache = _FUNCTIONS[kind](cfg)(
-        layer_params, h, masks, cache=cache, tap=tap, **context
-    )
+    update, cache = run(layer_params, h, masks, cache=cache, tap=tap, **context)
     update = elastic(update, masks, "embed", dim=-1)
     if gamma is not None:
         gamma = gamma.astype(update.dtype)

@@ -112,7 +112,12 @@ def solve(params: Any, cfg: ej.ModelConfig, problems: Sequence[Problem]) -> list
     longest = max(len(p.tokens) - len(p.prompt) for p in problems)
     # A little more than the longest solution: a model may be wrong at length.
     out = ej.generate(
-        params, tokens, cfg, max_new_tokens=longest + 4, lengths=lengths, stop_token=EOS
+        params,
+        tokens,
+        cfg,
+        max_new_tokens=longest + 4,
+        lengths=lengths,
+        stop_tokens=EOS,
     )
     rows = zip(np.asarray(out.tokens), np.asarray(out.lengths), problems, strict=True)
     return [score(row[:n], problem) for row, n, problem in rows]

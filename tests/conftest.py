@@ -81,3 +81,41 @@ def _shared(tmp_path_factory, smoke_run, config: str) -> pathlib.Path:
     if code != 0:
         raise RuntimeError(f"the smoke run ended with exit code {code}:\n{output}")
     return workdir
+
+
+@pytest.fixture(scope="session")
+def talker():
+    """A random model (params, cfg) whose greedy text wanders over its vocabulary."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import elastic_jax as ej
+    from elastic_jax import axes
+
+    cfg = ej.ModelConfig(
+        pattern="ME*M-",
+        vocab=97,
+        embed=64,
+        ssm_groups=2,
+        heads_per_group=2,
+        ssm_head_dim=16,
+        ssm_state=32,
+        kv_heads=2,
+        q_per_kv=2,
+        head_dim=16,
+        experts=4,
+        expert_ffn=32,
+        shared_ffn=48,
+        ffn=80,
+        top_k=2,
+    )
+    specs, rng = ej.param_specs(cfg), np.random.default_rng(0)
+
+    def loud(path, spec):
+        noise = rng.standard_normal(axes.shape(cfg, specs, path, spec))
+        if spec.contracted:
+            return noise / np.sqrt(np.prod([getattr(cfg, d) for d in spec.contracted]))
+        return (spec.init == "ones") + 0.3 * noise
+
+    return jax.tree.map(jnp.float32, axes.map_specs(loud, specs)), cfg

@@ -15,7 +15,7 @@ FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
     ("masks", "nesting", "cost", "sharding"),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
-    ("model",),
+    ("model", "exact"),
     (
         "budgets",
         "router",
@@ -25,6 +25,8 @@ FLOORS = (
         "importance",
         "curriculum",
         "sampling",
+        "stopping",
+        "listeners",
         "data",
         "corpus",
         "packing",
@@ -43,14 +45,15 @@ FLOORS = (
         "findings",
     ),
     (
-        *("elastic", "train", "metrics", "fit", "generate", "budget_control"),
+        *("elastic", "train", "metrics", "fit"),
+        *("speculative", "decoding", "generate", "budget_control"),
         *("convert", "report"),
     ),
     ("__main__",),
 )
 ALONE = {
     *("layers.attention", "layers.mlp", "layers.moe"),
-    *("generate", "convert", "report"),
+    *("convert", "report"),
 }
 
 DOORS = {

@@ -10,6 +10,7 @@ import pytest
 import elastic_jax as ej
 from elastic_jax import axes
 from elastic_jax.budget_control import think_and_answer
+from elastic_jax.decoding import _read, _write
 
 CFG = ej.ModelConfig(
     pattern="ME*M",
@@ -57,7 +58,7 @@ def run(params, prompts=PROMPTS, **changes):
         "think": SMALL,
         "answer": LARGE,
         "end_of_thinking": END,
-        "stop_token": STOP,
+        "stop_tokens": STOP,
         "thinking_cap": CAP,
         "max_answer": ANSWER,
         "lengths": LENGTHS,
@@ -82,7 +83,7 @@ def generated(params, counts, prompt, length):
     """What one submodel writes behind a prompt, ended by STOP."""
     small, cfg = model(params, counts)
     out = ej.generate(
-        small, np.asarray(prompt)[None], cfg, max_new_tokens=length, stop_token=STOP
+        small, np.asarray(prompt)[None], cfg, max_new_tokens=length, stop_tokens=STOP
     )
     return np.asarray(out.tokens[0][: out.lengths[0]])
 
@@ -201,18 +202,19 @@ def test_rows_do_not_influence_one_another(params):
         for row in range(3):
             prompt = PROMPTS[row : row + 1, : LENGTHS[row]]
             alone = given(prompt, lengths=None, seeds=row)
-            for a, b in zip(alone, together, strict=True):
+            for name in ("thoughts", "answers", "thought_lengths", "answer_lengths"):
+                a, b = getattr(alone, name), getattr(together, name)
                 np.testing.assert_array_equal(a[0], b[row])
 
 
-def test_a_compiled_pair_serves_other_requests(params):
-    from elastic_jax.budget_control import _run
-
+def test_a_compiled_submodel_serves_other_requests_and_pairs(params):
     run(params)
-    compiled = _run._cache_size()
+    compiled = _read._cache_size(), _write._cache_size()
     run(params, (PROMPTS + 5) % CFG.vocab, lengths=[1, 6, 2], seeds=9)
     run(params, thinking_cap=np.array([5, 1, 2]), temperature=0.7)
-    assert _run._cache_size() == compiled
+    run(params, stop_tokens=7, max_answer=np.array([5, 3, 6]))
+    run(params, think=LARGE, answer=SMALL)  # both are known from the pairs above
+    assert (_read._cache_size(), _write._cache_size()) == compiled
 
 
 def test_everything_that_does_not_fit_is_listed(params):
@@ -224,17 +226,17 @@ def test_everything_that_does_not_fit_is_listed(params):
             max_answer=0,
             grace=-1,
             newline=199,
-            stop_token=None,
+            stop_tokens=97,
             end_of_thinking=(),
             hand_over="telepathy",
         )
     for words in (
         "row 0: token",
         "thinking_cap: expected ints from 1 on",
-        "max_answer: expected an int from 1 on, got 0",
+        "max_answer: expected ints from 1 on",
         "grace: expected an int from 0 on, got -1",
         "newline: expected a token in 0..96, got 199",
-        "stop_token: expected a token in 0..96, got None",
+        "stop token 97: expected one in 0..96",
         "end_of_thinking: expected at least one token",
         "('reprefill', 'transplant'), got 'telepathy'",
     ):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import elastic_jax as ej
-from elastic_jax import axes
-from elastic_jax.generate import _decode, generate
+from elastic_jax import axes, decoding
+from elastic_jax.decoding import _read, _write
+from elastic_jax.generate import generate
 
 CFG = ej.ModelConfig(
     pattern="M*E",
@@ -103,7 +104,7 @@ def test_a_stop_token_ends_its_row_only(params):
     free = np.asarray(run(params, PROMPTS, lengths=LENGTHS).tokens)
     ends = []
     for stop in range(CFG.vocab):
-        out = run(params, PROMPTS, lengths=LENGTHS, stop_token=stop)
+        out = run(params, PROMPTS, lengths=LENGTHS, stop_tokens=stop)
         for row in range(3):
             found = np.flatnonzero(free[row] == stop)
             end = found[0] + 1 if len(found) else NEW
@@ -126,7 +127,7 @@ def test_requests_of_a_batch_do_not_influence_one_another(params):
         stop = int(out.tokens[row, -1])  # The others may stop earlier, or never.
         here = np.where(np.arange(3) == row, LENGTHS, 6)
         got, want = (
-            run(params, prompts, lengths=lengths, stop_token=stop)
+            run(params, prompts, lengths=lengths, stop_tokens=stop)
             for prompts, lengths in ((others, here), (PROMPTS, LENGTHS))
         )
         np.testing.assert_array_equal(got.tokens[row], want.tokens[row])
@@ -163,15 +164,115 @@ def test_masks_along_time_are_refused(params):
         run(params, PROMPTS, masks=masks)
 
 
-def test_equal_shapes_compile_once(params):
-    """Whatever the prompts, their lengths and the stop token."""
-    run(params, PROMPTS)
-    compiled = _decode._cache_size()
-    run(params, (PROMPTS + 1) % 11, lengths=LENGTHS, stop_token=4)
-    run(params, PROMPTS.astype(np.uint8).tolist(), lengths=[1, 2, 3], stop_token=0)
+def compiled():
+    return _read._cache_size(), _write._cache_size()
+
+
+def test_a_bucket_is_compiled_once(params):
+    """Whatever the requests: 20 random ones after a rehearsal."""
     fresh = ej.ModelConfig.from_dict(CFG.to_dict())
-    generate(params, PROMPTS, fresh, max_new_tokens=NEW)
-    assert _decode._cache_size() == compiled
+    largest = functools.partial(generate, params, np.ones((4, 16), int), fresh)
+    out = largest(max_new_tokens=16, stop_tokens=(1, 2), rehearse=True)
+    assert not out.lengths.any()
+    before, rng = compiled(), np.random.default_rng(0)
+    for _ in range(20):
+        rows, time = rng.integers(3, 5), rng.integers(9, 17)
+        out = run(
+            params,
+            rng.integers(0, 11, (rows, time)),
+            lengths=rng.integers(1, time + 1, rows),
+            max_new_tokens=rng.integers(7, 16, rows),
+            stop_tokens=rng.integers(0, 11, 2).tolist(),
+            temperature=rng.random(rows) * rng.integers(0, 2),
+            seeds=rng.integers(0, 99, rows),
+        )
+        assert (out.lengths > 0).all()
+    assert compiled() == before
+
+
+def test_limits_are_per_row(params):
+    free = run(params, PROMPTS, lengths=LENGTHS)
+    out = run(params, PROMPTS, lengths=LENGTHS, max_new_tokens=np.array([2, 9, 5]))
+    assert out.lengths.tolist() == [2, 9, 5] and not out.stopped.any()
+    for row, n in enumerate(out.lengths):
+        np.testing.assert_array_equal(out.tokens[row, :n], free.tokens[row, :n])
+
+
+def test_counts_are_cut_inside_the_call(params):
+    counts = ej.counts(CFG, embed=16, heads_per_group=1, q_per_kv=1, experts=3)
+    small = ej.slice_params(params, ej.param_specs(CFG), counts)
+    cut = run(small, PROMPTS, cfg=ej.slice_config(CFG, counts), lengths=LENGTHS)
+    inside = run(params, PROMPTS, lengths=LENGTHS, counts=counts)
+    np.testing.assert_array_equal(inside.tokens, cut.tokens)
+    masks = ej.masks_from_counts(CFG, counts)
+    with pytest.raises(ValueError, match="counts or masks, not both"):
+        run(params, PROMPTS, counts=counts, masks=masks)
+    with pytest.raises(ValueError, match="counts: expected the counts of one submodel"):
+        run(params, PROMPTS, counts=[counts, None, None])
+
+
+def test_long_prompts_are_read_in_chunks(params, monkeypatch):
+    """The text is the same, and so are the logits, to rounding."""
+    prompts = np.random.default_rng(3).integers(0, 11, (2, 70))
+    given = {"lengths": np.array([70, 33]), "keep_logits": True}
+    whole = run(params, prompts, **given)
+    monkeypatch.setattr(decoding, "CHUNK", 32)
+    chunks = run(params, prompts, **given)
+    np.testing.assert_array_equal(chunks.tokens, whole.tokens)
+    np.testing.assert_allclose(chunks.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    text = np.concatenate([prompts, whole.tokens], axis=1)
+    want = ej.apply(params, jnp.asarray(text), CFG)[0, 69:-1]
+    np.testing.assert_allclose(whole.logits[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_listener_hears_every_token_and_may_end_rows(params):
+    free = run(params, PROMPTS, lengths=LENGTHS)
+    heard = [[], [], []]
+
+    def listen(tokens, lengths):
+        for row, n in enumerate(lengths):
+            heard[row] += tokens[row, :n].tolist()
+        return np.array([len(heard[0]) == 4, False, False])
+
+    out = run(params, PROMPTS, lengths=LENGTHS, listener=listen)
+    assert out.lengths.tolist() == [4, NEW, NEW] and not out.stopped.any()
+    for row, n in enumerate(out.lengths):
+        assert heard[row] == out.tokens[row, :n].tolist()
+        np.testing.assert_array_equal(out.tokens[row, :n], free.tokens[row, :n])
+
+
+def test_a_listener_that_fails_is_heard(params):
+    def fail(tokens, lengths):
+        raise KeyError("lost")
+
+    with pytest.raises(KeyError, match="lost"):
+        run(params, PROMPTS, listener=fail)
+
+
+def test_a_text_can_be_continued(params):
+    """With the same seeds: the random numbers go on where they were."""
+    given = {"temperature": 1.2, "seeds": [4, 5, 6]}
+    whole = run(params, PROMPTS, **given)
+    first = run(params, PROMPTS, max_new_tokens=4, **given)
+    text = np.concatenate([PROMPTS, first.tokens], axis=1)
+    rest = run(params, text, max_new_tokens=NEW - 4, drawn=4, **given)
+    np.testing.assert_array_equal(rest.tokens, whole.tokens[:, 4:])
+
+
+def test_stop_strings_end_rows_across_tokens(params):
+    free = run(params, PROMPTS, lengths=LENGTHS)
+    pieces = [bytes([97 + i, 97 + i]) for i in range(11)]
+    spelled = [b"".join(pieces[t] for t in row) for row in free.tokens.tolist()]
+    string = spelled[0][3:6]  # of the second, third and fourth token
+    out = run(
+        params, PROMPTS, lengths=LENGTHS, stop_strings=[string, "zz"], pieces=pieces
+    )
+    for row, text in enumerate(spelled):
+        at = text.find(string)
+        n = NEW if at < 0 else -(-(at + len(string)) // 2)
+        assert out.lengths[row] == n and out.stopped[row] == (at >= 0)
+    with pytest.raises(ValueError, match="need the bytes of every token"):
+        run(params, PROMPTS, stop_strings="a")
 
 
 @pytest.mark.parametrize(
@@ -187,11 +288,15 @@ def test_equal_shapes_compile_once(params):
         ({"lengths": [6.0, 3, 1]}, "lengths: expected integers .* got float64"),
         ({"lengths": [6, 0, 1]}, "row 1: length 0 is not in 1..6"),
         ({"lengths": [6, 3, 7]}, "row 2: length 7 is not in 1..6"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be an int .* got 2.5"),
-        ({"stop_token": 11}, "stop_token 11 is outside the vocabulary of 11"),
-        ({"stop_token": -1}, "stop_token -1 is outside the vocabulary"),
-        ({"stop_token": 2.0}, "stop_token must be an int or None, got 2.0"),
+        (
+            {"max_new_tokens": 0},
+            "max_new_tokens: expected ints from 1 on, one or 3, got 0",
+        ),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected ints .* got 2.5"),
+        ({"stop_tokens": 11}, "stop token 11: expected one in 0..10"),
+        ({"stop_tokens": (3, -1)}, "stop token -1: expected one in 0..10"),
+        ({"stop_tokens": (2.0,)}, "stop token 2.0: expected one in 0..10"),
+        ({"draft": {"embed": 16}}, "draft: expected the counts of one submodel"),
     ],
 )
 def test_mistakes_are_named(wrong, message):
@@ -203,7 +308,12 @@ def test_mistakes_are_named(wrong, message):
 def test_all_mistakes_come_together():
     with pytest.raises(ValueError) as error:
         generate(
-            {}, [[1, 99], [1, 2]], CFG, max_new_tokens=-1, lengths=[2, 3], stop_token=50
+            {},
+            [[1, 99], [1, 2]],
+            CFG,
+            max_new_tokens=-1,
+            lengths=[2, 3],
+            stop_tokens=50,
         )
-    for part in ("token 99", "row 1: length 3", "max_new_tokens", "stop_token 50"):
+    for part in ("token 99", "row 1: length 3", "max_new_tokens", "stop token 50"):
         assert part in str(error.value)

@@ -10,7 +10,7 @@ parts that a checkpoint fuses into `in_proj` stay apart: each has axes of its ow
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from elastic_jax.axes import CacheSpec, ParamSpec
 from elastic_jax.layers.norm import rms_norm
@@ -53,12 +53,19 @@ def mamba2(
     masks: LayerMasks,
     *,
     norm_eps: float,
+    scan: str | None = None,
     segment_ids=None,
     lengths=None,
     cache=None,
     tap=None,
+    tentative: bool = False,
 ):
-    """Mixes tokens by a selective state space; returns the update and the cache."""
+    """Mixes tokens by a selective state space; returns the update and the cache.
+
+    Args:
+      scan: the implementation of `ssd`.
+      tentative: leave the cache as it was, and what was read beside it for `settle`.
+    """
     z = contract("btd,dgrp->btgrp", x, params["z"])
     u = contract("btd,dgrp->btgrp", x, params["x"])
     B = contract("btd,dgn->btgn", x, params["B"])
@@ -69,10 +76,11 @@ def mamba2(
     lasting = cache is not None or varies_along_time(masks)
     store = (lambda a, axes: _written(a, masks, axes)) if lasting else (lambda a, _: a)
     u, B, C = store(u, "rp"), store(B, "n"), store(C, "n")
-    tails = cache or {}
-    u, tail_x = _conv(params, "conv_x", u, tails, segment_ids, lengths)
-    B, tail_B = _conv(params, "conv_B", B, tails, segment_ids, lengths)
-    C, tail_C = _conv(params, "conv_C", C, tails, segment_ids, lengths)
+    held = cache or {}
+    read = {"conv_x": u, "conv_B": B, "conv_C": C}
+    u = _conv(params, "conv_x", u, held.get("conv_x"), segment_ids)
+    B = _conv(params, "conv_B", B, held.get("conv_B"), segment_ids)
+    C = _conv(params, "conv_C", C, held.get("conv_C"), segment_ids)
     u, B = store(u, "rp"), store(B, "n")
     if tap is not None:
         tap("ssm_B", B)
@@ -81,9 +89,7 @@ def mamba2(
     # Step sizes, decays and the scan state in at least float32.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dt = jax.nn.softplus(dt.astype(wide) + params["dt_bias"].astype(wide))
-    if lengths is not None:
-        valid = jnp.arange(x.shape[1]) < lengths[:, None]
-        dt = jnp.where(valid[..., None, None], dt, 0)
+    dt = _until(dt, lengths)
     y, state = ssd(
         u,
         dt,
@@ -91,12 +97,14 @@ def mamba2(
         B,
         C,
         params["D"].astype(wide),
-        initial_state=tails.get("state"),
+        initial_state=held.get("state"),
         resets=_resets(segment_ids),
+        implementation=scan,
     )
-    if cache is not None:
-        state = state.astype(cache["state"].dtype)
-        cache = {"conv_x": tail_x, "conv_B": tail_B, "conv_C": tail_C, "state": state}
+    if tentative:
+        cache = held | {"read": read | {"x": u, "dt": dt, "B": B}}
+    elif cache is not None:
+        cache = _advanced(held, read, state, lengths)
 
     y = (y.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
     y = elastic(y, masks, "heads_per_group", dim=-2, tap=tap)
@@ -129,14 +137,43 @@ def _resets(segment_ids):
     return jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
 
 
-def _conv(params, name: str, x: Float[Array, "b t *c"], tails, segment_ids, lengths):
-    """Causal depthwise convolution and silu; returns it with the new tail, if cached.
+def settle(params, cache, lengths: Int[Array, " b"], *, scan: str | None = None):
+    """The cache behind the first `lengths` of the tokens that were read tentatively.
 
-    The tail is the last `w` inputs of each row, up to its length.
+    One saved state and the inputs since are enough: the scan runs once more, over its
+    state alone, with dt zeroed behind the tokens that stay.
+
+    Args:
+      cache: what `mamba2` returned; `read` may hold the tokens of several calls, one
+        behind the other.
     """
+    read = cache["read"]
+    dt = _until(read["dt"], lengths)
+    A = -jnp.exp(params["A_log"].astype(dt.dtype))
+    inputs = read["x"], dt, A, read["B"], read["B"], jnp.zeros_like(A)
+    _, state = ssd(*inputs, initial_state=cache["state"], implementation=scan)
+    return _advanced(cache, read, state, lengths)
+
+
+def _advanced(held, read, state, lengths):
+    """The cache with a new state, and tails that end with each row's last token."""
+    names = ("conv_x", "conv_B", "conv_C")
+    tails = {name: _tail(held[name], read[name], lengths) for name in names}
+    return tails | {"state": state.astype(held["state"].dtype)}
+
+
+def _until(dt: Float[Array, "b t g r"], lengths) -> Float[Array, "b t g r"]:
+    """Steps of zero, which leave the state alone, behind each row's valid tokens."""
+    if lengths is None:
+        return dt
+    valid = jnp.arange(dt.shape[1]) < lengths[:, None]
+    return jnp.where(valid[..., None, None], dt, 0)
+
+
+def _conv(params, name: str, x: Float[Array, "b t *c"], tail, segment_ids):
+    """Causal depthwise convolution and silu; `tail` holds the `w` inputs before."""
     kernel, bias = params[name].astype(x.dtype), params[f"{name}_bias"]
     width, time = kernel.shape[0], x.shape[1]
-    tail = tails.get(name)
     if tail is None:
         past = jnp.zeros((x.shape[0], width - 1, *x.shape[2:]), x.dtype)
     else:
@@ -152,16 +189,18 @@ def _conv(params, name: str, x: Float[Array, "b t *c"], tails, segment_ids, leng
             same = same.reshape(*same.shape, *[1] * (x.ndim - 2))
             earlier = jnp.where(same, earlier, 0)
         y = y + earlier * kernel[start]
-    y = jax.nn.silu(y)
-    if tail is None:
-        return y, None
+    return jax.nn.silu(y)
 
-    held = jnp.concatenate([tail[:, :1].astype(x.dtype), inputs], axis=1)
+
+def _tail(tail: Float[Array, "b w *c"], x: Float[Array, "b t *c"], lengths):
+    """The last `w` inputs of each row, up to its length."""
+    width, time = tail.shape[1], x.shape[1]
+    held = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
     if lengths is None:
-        return y, held[:, time:].astype(tail.dtype)
+        return held[:, time:].astype(tail.dtype)
     at = lengths[:, None] + jnp.arange(width)
     at = at.reshape(*at.shape, *[1] * (x.ndim - 2))
-    return y, jnp.take_along_axis(held, at, axis=1).astype(tail.dtype)
+    return jnp.take_along_axis(held, at, axis=1).astype(tail.dtype)
 
 
 def _same_segment(segment_ids, back: int):
