@@ -1,4 +1,4 @@
-"""The command line: `python -m elastic_jax inspect|import|export|slice ...`.
+"""The command line: `python -m elastic_jax inspect|import|export|slice|generate ...`.
 
 It parses, calls and prints. Exit codes: 0 done, 2 the input is wrong, 1 anything else,
 such as a full disk.
@@ -7,6 +7,7 @@ such as a full disk.
 import argparse
 import collections
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from rich.table import Table
 import elastic_jax as ej
 from elastic_jax import convert
 from elastic_jax.nesting import full_counts
+from elastic_jax.request import Reply, Request, parse_request
+from elastic_jax.serving import Timing, open_server
 from elastic_jax.tables import format_bytes, format_count, format_share
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     cutter.add_argument("smaller", help="nested checkpoint to write")
     cutter.set_defaults(run=_slice)
 
+    _add_generate(commands)
     for command, required in ((writer, False), (cutter, True)):
         command.add_argument(
             "--budget",
@@ -103,6 +107,153 @@ def _parser() -> argparse.ArgumentParser:
             "--force", action="store_true", help="replace what is there"
         )
     return parser
+
+
+# Options of `generate` that are fields of a request, and what their values are.
+REQUEST_OPTIONS = {
+    "budget": (str, "who writes: a budget's name, or counts such as embed=1920"),
+    "think": (str, "who thinks; with --answer"),
+    "answer": (str, "who answers; with --think"),
+    "max_new_tokens": (int, "tokens of the text or answer"),
+    "thinking_cap": (int, "tokens of a thought"),
+    "grace": (int, "tokens beyond the cap until the next line's end"),
+    "hand_over": (str, "from thought to answer: reprefill or transplant"),
+    "draft": (str, "who drafts tokens for the others to verify"),
+    "draft_tokens": (int, "tokens drafted at a time"),
+    "temperature": (float, "0 is greedy"),
+    "top_k": (int, "0 is all"),
+    "top_p": (float, "1 is all"),
+    "seed": (int, "of what is drawn at random"),
+}
+
+
+def _add_generate(commands) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="write text; a small submodel may think, a large one answer",
+        epilog="Chat templates are not run: a prompt is taken as it is.",
+    )
+    command.add_argument("checkpoint", help="nested checkpoint to read")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to go on with; - reads it")
+    source.add_argument(
+        "--jsonl",
+        metavar="FILE",
+        help='a request per line, such as {"prompt": "...", "budget": "small"}, with '
+        "the options below as fields, an id and stop strings; - reads them",
+    )
+    for name, (kind, text) in REQUEST_OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, type=kind, help=text, default=argparse.SUPPRESS)
+    command.add_argument("--stop", action="append", help="a string that ends the text")
+    command.add_argument("--tokenizer", default="", help="a tokenizer.json")
+    command.add_argument("--end-of-thinking", default="</think>", metavar="TEXT")
+    command.add_argument("--batch", type=int, default=8, help="requests at a time")
+    command.add_argument("--max-length", type=int, default=8192, help="tokens in all")
+    command.add_argument(
+        "--exact",
+        action="store_true",
+        help="the same bits however requests are batched; slower",
+    )
+    command.set_defaults(run=_generate)
+
+
+def _generate(given) -> Iterator[str]:
+    """Text as it is written for one prompt; a line of JSON per request for many."""
+    wanted = {k: v for k, v in vars(given).items() if k in REQUEST_OPTIONS}
+    if given.stop:
+        wanted["stop"] = tuple(given.stop)
+    requests, wrong = _requests(given, wanted)
+    named = {name for request in requests for name in request.submodels}
+    server = open_server(
+        given.checkpoint,
+        named,
+        tokenizer=given.tokenizer,
+        end_of_thinking=given.end_of_thinking,
+        batch=given.batch,
+        max_length=given.max_length,
+        exact=given.exact,
+    )
+    timings: list[Timing] = []
+    single = given.prompt is not None
+    shown = _Typewriter() if single else None
+    replies = server.serve(requests, on_timing=timings.append, on_text=shown)
+    for reply in (*wrong, *replies):
+        if not single:
+            yield json.dumps(_line(reply), ensure_ascii=False)
+        elif reply.error:
+            raise ValueError(reply.error)
+        else:
+            shown.end()
+    Console(stderr=True, **CONSOLE).print(_timing(timings))
+
+
+def _requests(given, wanted) -> tuple[list[Request], list[Reply]]:
+    """All requests, and replies to lines that are none."""
+    if given.prompt is not None:
+        prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+        return [Request(prompt, **wanted)], []
+    file = sys.stdin if given.jsonl == "-" else open(given.jsonl, encoding="utf-8")
+    requests, wrong = [], []
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                requests.append(parse_request(json.loads(line), **wanted))
+            except (ValueError, RecursionError) as error:
+                wrong.append(Reply(number, None, error=f"line {number}: {error}"))
+    return requests, wrong
+
+
+def _line(reply: Reply) -> dict:
+    """What a reply says, as fields of JSON."""
+    if reply.error:
+        return {"id": reply.id, "error": reply.error}
+    fields = {"id": reply.id, "text": reply.text, "tokens": reply.tokens}
+    fields |= {"stopped": reply.stopped, "rounds": reply.rounds}
+    if reply.thought is not None:
+        thought = {"thought": reply.thought, "thought_tokens": reply.thought_tokens}
+        fields |= thought | {"capped": reply.capped}
+    return fields
+
+
+class _Typewriter:
+    """Prints what is new of a text; half a letter waits for its other half."""
+
+    def __init__(self):
+        self._printed = ""
+
+    def __call__(self, number: int, text: str) -> None:
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(self._printed) :], end="", flush=True)
+            self._printed = text
+
+    def end(self) -> None:
+        print()
+
+
+def _timing(timings: Sequence[Timing]) -> Table:
+    """Seconds and tokens by phase, over all batches."""
+    table = _table("timing", "phase", "seconds", "tokens", "tokens/s", numbers=3)
+    seconds: collections.Counter = collections.Counter()
+    tokens: collections.Counter = collections.Counter()
+    for timing in timings:
+        seconds.update(timing.seconds)
+        tokens.update(timing.tokens)
+    for phase, spent in seconds.items():
+        written = tokens.get(phase)
+        rate = f"{written / spent:,.1f}" if written else ""
+        count = "" if written is None else format_count(written)
+        table.add_row(phase, f"{spent:.3f}", count, rate)
+    firsts = sorted(t.first_token_seconds for t in timings)
+    if firsts:
+        requests = sum(t.requests for t in timings)
+        table.caption = (
+            f"{requests} requests in {len(timings)} batches\nfirst token after "
+            f"{firsts[len(firsts) // 2]:.3f} s (median)\n{firsts[-1]:.3f} s (longest)"
+        )
+    return table
 
 
 def _import(given) -> list[str]:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from elastic_jax import nesting
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig
-from elastic_jax.decoding import Draft, Submodel, length_bucket
+from elastic_jax.decoding import Draft, Submodel, bucket, length_bucket
 from elastic_jax.generate import (
     Batch,
     attempt,
@@ -38,7 +38,7 @@ from elastic_jax.generate import (
 )
 from elastic_jax.model import init_cache
 from elastic_jax.sampling import sampling
-from elastic_jax.stopping import at_stop, is_token, stops
+from elastic_jax.stopping import at_stop, is_token, several, stops
 
 HAND_OVERS = ("reprefill", "transplant")
 
@@ -82,7 +82,7 @@ def think_and_answer(
     stop_strings: Sequence[str | bytes] = (),
     pieces: Sequence[bytes] | None = None,
     grace: int = 0,
-    newline: int | None = None,
+    newline: int | Sequence[int] | None = None,
     lengths: Int[np.ndarray, " b"] | None = None,
     hand_over: str = "reprefill",
     draft: Counts | None = None,
@@ -104,7 +104,7 @@ def think_and_answer(
         ends a thought by itself.
       thinking_cap: tokens of a thought after which it is ended, one or one per row.
       grace: tokens after the cap in which it may still reach a newline.
-      newline: the token that ends a line; None ends the thought at the cap.
+      newline: the token, or tokens, that end a line; None ends the thought at the cap.
       max_answer: tokens of an answer, one number or one per row.
       stop_tokens, stop_strings, pieces: what ends an answer; as of `generate`.
       hand_over: "reprefill" or "transplant".
@@ -129,7 +129,7 @@ def think_and_answer(
     how = attempt(problems, sampling, max(rows, 1), **options)
     if problems:
         raise ValueError("cannot think and answer:\n  " + "\n  ".join(problems))
-    caps = np.broadcast_to(thinking_cap, (rows,))
+    caps, newlines = np.broadcast_to(thinking_cap, (rows,)), several(newline)
     most_thought = caps + grace + len(end_of_thinking)
     most_answer = np.broadcast_to(max_answer, (rows,))
     longest = np.max(lengths + most_thought + most_answer)
@@ -140,6 +140,8 @@ def think_and_answer(
     thinker, answerer = (Submodel(cfg, counts, exact) for counts in (think, answer))
     clock = _Clock()
 
+    if rehearse:
+        lengths = np.ones_like(lengths)
     text = batch.read(prompts, lengths, thinker, drafter)
     clock("read")
     thought, text = batch.write(
@@ -150,10 +152,15 @@ def think_and_answer(
         data=_Thinking(
             batch.filled(caps),
             np.int32(grace),
-            np.int32(-1 if newline is None else newline),
+            np.pad(
+                np.asarray(newlines, np.int32),
+                (0, bucket(len(newlines)) - len(newlines)),
+                constant_values=-1,
+            ),
+            np.bool_(not newlines),
             np.asarray(end_of_thinking, np.int32),
         ),
-        state=(np.int32(0), False, np.int32(-1)),
+        state=(np.int32(0), False, np.int32(-2)),  # -2 is no token
         drawn=0,
         listener=listener and functools.partial(listener, "think"),
         draft=drafter,
@@ -223,11 +230,20 @@ def _moved(cache, *, submodel: Submodel, capacity: int):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Thinking:
-    """What ends the thoughts: caps [b], grace, the newline or -1, tokens to force."""
+    """What ends the thoughts.
+
+    Attributes:
+      caps: [b].
+      grace: tokens beyond the caps.
+      newlines: tokens that end a line, filled up with -1.
+      anywhere: whether a thought may be ended within a line.
+      end: tokens to write there.
+    """
 
     caps: Any
     grace: Any
-    newline: Any
+    newlines: Any
+    anywhere: Any
     end: Any
 
 
@@ -238,7 +254,8 @@ def _at_end_of_thought(data: _Thinking, n, token, state):
     it; the last token.
     """
     forced, capped, before = state
-    at_line_end = (data.newline < 0) | (before == data.newline)
+    after_newline = jnp.any(before[:, None] == data.newlines, axis=-1)
+    at_line_end = data.anywhere | after_newline
     last = len(data.end) - 1
     capped = capped | ((n >= data.caps) & (at_line_end | (n >= data.caps + data.grace)))
     token = jnp.where(capped, data.end[forced], token)
@@ -262,7 +279,7 @@ def _misfits(cfg, end, newline, grace):
         yield f"grace: expected an int from 0 on, got {grace!r}"
     if not len(end):
         yield "end_of_thinking: expected at least one token"
-    named = [] if newline is None else [("newline", newline)]
+    named = [("newline", token) for token in several(newline)]
     for name, token in [*named, *(("end_of_thinking", t) for t in end)]:
         if not is_token(token, cfg.vocab):
             yield f"{name}: expected a token in 0..{cfg.vocab - 1}, got {token!r}"

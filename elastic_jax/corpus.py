@@ -12,7 +12,6 @@ import difflib
 import functools
 import glob
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-# Byte-level tokens: the 256 bytes, then what stands between and around documents.
-PAD, BOS, EOS = 256, 257, 258
+from elastic_jax.tokenizer import ByteTokenizer, FileTokenizer, optional_library
+
 FIELDS = ("text", "tokens")
 SHOWN = 3  # problems of one file that are told in full
 
@@ -98,10 +97,10 @@ def read_corpus(files: Sequence[str], *, tokenizer: str = "") -> Corpus:
     """
     problems: list[str] = []
     recorded: dict[str, dict[str, Any]] = {}
-    coder = _Bytes()
+    coder = ByteTokenizer()
     if tokenizer and (data := _read(Path(tokenizer), recorded, problems)) is not None:
         try:
-            coder = _FromFile(data)
+            coder = FileTokenizer(data)
         except ValueError as error:
             problems.append(f"{tokenizer}: {error}")
     found: list[tuple[int, np.ndarray, int]] = []
@@ -227,8 +226,8 @@ def _json_record(line: bytes) -> Record:
 
 
 def _parquet(data: bytes) -> Iterator[tuple[str, Callable[[], Record]]]:
-    parquet = _library("pyarrow.parquet")
-    file = parquet.ParquetFile(_library("pyarrow").BufferReader(data))
+    parquet = optional_library("pyarrow.parquet")
+    file = parquet.ParquetFile(optional_library("pyarrow").BufferReader(data))
     field = _field(file.schema_arrow.names)
     values = (
         value
@@ -252,50 +251,3 @@ READERS = {
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }
-
-
-# ----------------------------------------------------------------------- tokenizers
-
-
-class _Bytes:
-    """Every byte is a token."""
-
-    vocab, pad = 259, PAD
-
-    def encode(self, text: bytes) -> np.ndarray:
-        return np.concatenate([[BOS], np.frombuffer(text, np.uint8), [EOS]])
-
-    def size_bytes(self, tokens: Sequence[int]) -> int:
-        return sum(token < PAD for token in tokens)
-
-
-class _FromFile:
-    """A tokenizer as its file says, without truncation and padding."""
-
-    def __init__(self, data: bytes):
-        library = _library("tokenizers")
-        try:
-            self._tokenizer = library.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"not a tokenizer.json: {error}") from error
-        padding = self._tokenizer.padding or {}
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.vocab = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
-        self.pad = padding.get("pad_id", 0)  # weighs nothing: any token does
-
-    def encode(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode()).ids
-
-    def size_bytes(self, tokens: Sequence[int]) -> int:
-        return len(self._tokenizer.decode(tokens).encode())
-
-
-def _library(name: str) -> Any:
-    """Imports what only some data need."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"needs {name.split('.')[0]}: pip install elastic_jax[text]"
-        ) from error

@@ -134,13 +134,15 @@ def generate(
     )
     drafter = None if draft is None else Draft(Submodel(cfg, draft), draft_tokens)
     submodel = Submodel(cfg, counts, exact)
+    if rehearse:
+        lengths, limits = np.ones_like(lengths), np.zeros_like(limits)
     start = time.perf_counter()
     text = batch.read(prompts, lengths, submodel, drafter)
     middle = time.perf_counter()
     written, _ = batch.write(
         text,
         submodel,
-        np.zeros_like(limits) if rehearse else limits,
+        limits,
         rule=at_stop,
         data=ending,
         state=np.int32(0),
@@ -150,7 +152,7 @@ def generate(
         keep_logits=keep_logits,
     )
     seconds = {"read": middle - start, "write": time.perf_counter() - middle}
-    return _generation(written, rows, int(limits.max()), seconds)
+    return _generation(written, rows, int(np.max(max_new_tokens)), seconds)
 
 
 @dataclasses.dataclass(frozen=True)

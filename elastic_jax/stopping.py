@@ -48,8 +48,7 @@ def stops(
     Raises:
       ValueError: with everything that does not fit.
     """
-    single = tokens is None or isinstance(tokens, int | np.integer)
-    given = (() if tokens is None else (tokens,)) if single else tuple(tokens)
+    given = several(tokens)
     if isinstance(strings, str | bytes):
         strings = (strings,)
     searched = [s.encode() if isinstance(s, str) else s for s in strings]
@@ -87,6 +86,13 @@ def at_stop(stops: Stops, number, token: Int[Array, " b"], state: Int[Array, " b
     state = stops.table[state, jnp.minimum(token, most)]
     ends = (state == FOUND) | jnp.any(token[:, None] == stops.tokens, axis=-1)
     return token, state, ends
+
+
+def several(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    """No token, one or more, as a tuple."""
+    if tokens is None:
+        return ()
+    return (tokens,) if isinstance(tokens, int | np.integer) else tuple(tokens)
 
 
 def is_token(token: Any, vocab: int) -> bool:

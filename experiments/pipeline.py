@@ -186,8 +186,8 @@ def parent(
 def companions(plan: Plan) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the checkpoint keeps for an export: fields of config.json, a tokenizer."""
     carried, files = parents.companions(plan.values["parent"])
-    if tokenizer := plan.values["data"]["tokenizer"]:
-        files |= {"tokenizer.json": pathlib.Path(tokenizer).read_bytes()}
+    if plan.task.tokenizer:
+        files |= {"tokenizer.json": plan.task.tokenizer}
     return carried, files
 
 

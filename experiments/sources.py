@@ -6,6 +6,7 @@ ask no further. `SOURCES` has one function for every value of `data.source`.
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Task:
       check: (params, cfg) -> the value alone: of a parent, also while it trains.
       evaluation: how `evaluate` measures, for the report.
       files: path -> size and digest of every file that was read.
+      tokenizer: a `tokenizer.json` for the checkpoint; b"" is bytes, or the parent's.
     """
 
     measure: Measure
@@ -47,6 +49,7 @@ class Task:
     check: Callable[[Any, ej.ModelConfig], float]
     evaluation: Mapping[str, Any]
     files: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: bytes = b""
 
 
 # ------------------------------------------------------------- the reasoning task
@@ -103,6 +106,7 @@ def reasoning(values: Mapping[str, Any], stages: Groups) -> Task:
         evaluate=evaluate,
         check=check,
         evaluation={"problems": evaluation["examples"]} | limits,
+        tokenizer=data["parent"].tokenizer(),
     )
 
 
@@ -195,7 +199,12 @@ def files(values: Mapping[str, Any], stages: Groups) -> Task:
         check=lambda params, cfg: bits_per_byte(params, cfg, judged),
         evaluation={"rows": len(judged), "size_bytes": judged.size_bytes},
         files=corpus.files,
+        tokenizer=_file(group["tokenizer"]),
     )
+
+
+def _file(path: str) -> bytes:
+    return pathlib.Path(path).read_bytes() if path else b""
 
 
 def bits_per_byte(

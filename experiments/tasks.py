@@ -164,6 +164,31 @@ class ReasoningTask:
         digits = np.stack(np.unravel_index(drawn, (base,) * CODE_LENGTH), axis=1)
         return tuple(map(tuple, (digits + first).tolist()))
 
+    def tokenizer(self) -> bytes:
+        """The vocabulary as a `tokenizer.json`: words between spaces, and new lines."""
+        words = {word: token for token, word in enumerate(self.vocabulary)}
+        description = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": {
+                "type": "Replace",
+                "pattern": {"String": "\n"},
+                "content": " \n ",
+            },
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"String": " "},
+                "behavior": "Removed",
+                "invert": False,
+            },
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unknown>"},
+        }
+        return json.dumps(description).encode()
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of words separated by spaces; the inverse of `decode`."""
         words = [w for w in text.replace("\n", " \n ").split(" ") if w]

@@ -28,6 +28,7 @@ FLOORS = (
         "stopping",
         "listeners",
         "data",
+        "tokenizer",
         "corpus",
         "packing",
         "manifest",
@@ -47,7 +48,7 @@ FLOORS = (
     (
         *("elastic", "train", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
-        *("convert", "report"),
+        *("convert", "request", "serving", "report"),
     ),
     ("__main__",),
 )
@@ -62,7 +63,7 @@ DOORS = {
     "orbax": {"stored"},
     "tensorstore": {"stored"},
     "grain": {"data"},
-    "tokenizers": {"corpus"},
+    "tokenizers": {"tokenizer"},
     "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"report"},

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from elastic_jax.corpus import BOS, EOS, PAD, read_corpus
+from elastic_jax.corpus import read_corpus
+from elastic_jax.tokenizer import BOS, EOS, PAD
 
 TEXTS = ["def f():\n    pass\n", "", "naïve \N{SNOWMAN}\r\n", "a" * 300]
 

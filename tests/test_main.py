@@ -1,5 +1,6 @@
 """The command line: what `inspect` prints is true, and mistakes end in a message."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -105,3 +106,54 @@ def test_the_module_runs_and_shows_no_stack_trace(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert str(tmp_path / "absent") in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory, talker):
+    """A checkpoint with a chat template that would be noticed if anybody ran it."""
+    params, cfg = talker
+    path = tmp_path_factory.mktemp("writer") / "checkpoint"
+    payloads = {
+        "chat_template.jinja": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "tokenizer_config.json": b'{"chat_template": "{% for i in range(10**12) %}'
+        b'{% endfor %}"}',
+        "generation_config.json": b'{"eos_token_id": [7, 5000]}',
+    }
+    budgets = {"full": ej.counts(cfg), "small": ej.counts(cfg, embed=32)}
+    ej.save_nested(path, params, cfg, budgets=budgets, files=payloads)
+    return path
+
+
+def test_generate_answers_lines_of_json(writer, capsys, tmp_path):
+    """A bad line has its error in its own reply; templates are never looked at."""
+    lines = [
+        {"id": 1, "prompt": [1, 2, 3], "budget": "small"},
+        {"id": 2, "prompt": [5], "think": "small", "thinking_cap": 4, "grace": 0},
+        {"id": 3, "prompt": [5], "budget": "nobody"},
+        {"id": 4, "prompt": [500]},
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join([*map(json.dumps, lines), "", "{"]))
+    given = ["--jsonl", str(file), "--max-new-tokens", "6", "--end-of-thinking", "!"]
+    assert main(["generate", str(writer), *given]) == 0
+    out, err = capsys.readouterr()
+    replies = [json.loads(line) for line in out.splitlines()]
+    assert {r["id"] for r in replies if "error" in r} == {3, 4, None}
+    assert "line 6: " in next(r["error"] for r in replies if r["id"] is None)
+    by_id = {reply["id"]: reply for reply in replies}
+    assert by_id[1]["tokens"] == 6 or by_id[1]["stopped"]
+    assert by_id[2]["thought_tokens"] <= 5 and by_id[2]["capped"]
+    for words in ("think", "tokens/s", "first token", "2 requests in 2 batches"):
+        assert words in err
+
+
+def test_generate_types_one_text(writer, capsys):
+    given = ["--prompt", "!", "--budget", "small", "--max-new-tokens", "4"]
+    assert main(["generate", str(writer), *given]) == 2
+    assert "token 257 is outside the vocabulary of 97" in capsys.readouterr().err
+
+
+def test_generate_says_that_templates_are_not_run(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "Chat templates are not run" in capsys.readouterr().out
