@@ -43,8 +43,8 @@ FLOORS = (
         "findings",
     ),
     (
-        *("elastic", "train", "metrics", "fit", "generate", "budget_control"),
-        *("convert", "report"),
+        *("elastic", "train", "objectives", "metrics", "fit"),
+        *("generate", "budget_control", "convert", "report"),
     ),
     ("__main__",),
 )
