@@ -1,4 +1,4 @@
-"""What a training run is made of: stages, and which budget each micro-batch trains.
+"""What a training run is made of: stages, and which budgets each micro-batch trains.
 
 A stage is a frozen value without code, so a run can be checked whole before it
 starts and compared with the one that a checkpoint was saved by. Budgets are drawn
@@ -36,6 +36,8 @@ class Stage:
         sliced models at counts that are settled.
       budget_loss_weight: factor on the budget loss (lambda). Published runs of
         thousands of steps use 1; with 10 a few hundred are enough.
+      mixed_prefixes: the share of micro-batches whose prefix, a prompt and a thought,
+        runs in one budget and whose answer in another; needs a frozen router.
 
     Raises:
       ValueError: with every problem of the stage at once.
@@ -54,6 +56,7 @@ class Stage:
     final_learning_rate: float = 0.1
     router: str = "train"
     budget_loss_weight: float = 10.0
+    mixed_prefixes: float = 0.0
 
     def __post_init__(self):
         problems = list(_problems(self))
@@ -75,15 +78,20 @@ class Stage:
 
     def budget_weights(self, budgets: int) -> tuple[float, ...]:
         """The probability of each of `budgets` budgets; they sum to one."""
-        if self.sampling is None:
-            return (1 / budgets,) * budgets
-        if len(self.sampling) != budgets:
+        sampling = (1.0,) * budgets if self.sampling is None else self.sampling
+        if len(sampling) != budgets:
             raise ValueError(
-                f"stage {self.name!r}: sampling has {len(self.sampling)} weights for "
+                f"stage {self.name!r}: sampling has {len(sampling)} weights for "
                 f"{budgets} budgets; give one per budget, largest first, or None"
             )
-        total = math.fsum(self.sampling)
-        return tuple(weight / total for weight in self.sampling)
+        if self.mixed_prefixes and sum(weight > 0 for weight in sampling) < 2:
+            raise ValueError(
+                f"stage {self.name!r}: mixed_prefixes {self.mixed_prefixes} needs two "
+                f"budgets with a weight, sampling is {sampling}; add one, or set "
+                "mixed_prefixes to 0"
+            )
+        total = math.fsum(sampling)
+        return tuple(weight / total for weight in sampling)
 
 
 def check_stages(stages: Sequence[Stage], budgets: int) -> None:
@@ -135,6 +143,29 @@ def sample_budgets(
     return rng.permutation(drawn).astype(np.int32)
 
 
+def sample_pairs(seed: int, step: int, stage: Stage, budgets: int) -> np.ndarray:
+    """Which budgets read prefix and answer of each micro-batch: int32 [n, 2].
+
+    The answer's budget is drawn by the stage's weights. In the share `mixed_prefixes`
+    of the micro-batches the prefix is another's, drawn by the weights of the others;
+    in the rest it is the answer's own. All pairs share one draw of `sample_budgets`:
+    a function of `(seed, step)` alone, in which the mixed micro-batches, and those of
+    each pair, differ from their share of the n by less than one.
+
+    Raises:
+      ValueError: as of `Stage.budget_weights`.
+    """
+    weights, share = stage.budget_weights(budgets), stage.mixed_prefixes
+    own = [(i, i) for i in range(budgets)]
+    mixed = [(i, j) for j in range(budgets) for i in range(budgets) if i != j]
+    shares = [(1 - share) * weight for weight in weights]
+    for i, j in mixed:
+        others = math.fsum(weights[:j] + weights[j + 1 :]) or 1.0
+        shares.append(share * weights[j] * weights[i] / others)
+    drawn = sample_budgets(seed, step, shares, stage.micro_batches)
+    return np.array(own + mixed, np.int32)[drawn]
+
+
 def _are_weights(weights: np.ndarray) -> bool:
     if weights.ndim != 1 or not np.isfinite(weights).all():
         return False
@@ -178,6 +209,14 @@ def _problems(stage: Stage):
 
     if stage.router not in ROUTER_MODES:
         yield f"router: expected one of {ROUTER_MODES}, got {stage.router!r}"
+    share = stage.mixed_prefixes
+    if not _is_number(share) or not 0 <= share <= 1:
+        yield f"mixed_prefixes: expected a share in 0..1, got {share!r}"
+    elif share and stage.router == "train":
+        yield (
+            f"mixed_prefixes {share}: budgets are mixed at settled counts; use "
+            "router='frozen', in a stage behind the one that trains the router"
+        )
     if stage.sampling is not None:
         numbers = isinstance(stage.sampling, tuple) and all(
             _is_number(weight) for weight in stage.sampling

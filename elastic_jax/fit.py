@@ -25,8 +25,9 @@ from elastic_jax.curriculum import Stage
 from elastic_jax.data import Batches
 from elastic_jax.manifest import plain
 from elastic_jax.metrics import Alarms, MetricLog
+from elastic_jax.objectives import Objective
 from elastic_jax.saves import TrainCheckpoints
-from elastic_jax.train import Objective, TrainState, update
+from elastic_jax.train import TrainState, update
 
 EXIT_STOPPED = 75
 

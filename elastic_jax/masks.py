@@ -8,11 +8,12 @@ A mask leaf has shape [size], or [b, t, size] to vary along time. An axis that i
 absent, or None, is full.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from elastic_jax.axes import AXES, Counts, Size, blocks_with
 
@@ -49,6 +50,45 @@ def masks_from_counts(cfg: Any, counts: Counts | None = None) -> BudgetMasks:
 def prefix_mask(kept: int, size: int) -> Float[Array, " size"]:
     """1 for the first `kept` of `size` units, 0 for the rest."""
     return (jnp.arange(size) < kept).astype(jnp.float32)
+
+
+def stacked_masks(cfg: Any, budgets: Sequence[Counts]) -> BudgetMasks:
+    """Hard masks of several submodels in one tree, for `switched` to choose from.
+
+    Args:
+      cfg: the ModelConfig that all counts were made for.
+
+    Returns:
+      masks as of `masks_from_counts` with a leading dimension, one entry per
+      submodel. An axis that none of them counts gets no mask.
+    """
+    spelled = [{} for _ in budgets]
+    for axis in dict.fromkeys(axis for counts in budgets for axis in counts):
+        size = (1,) * cfg.layers if axis == "layers" else getattr(cfg, axis)
+        kept = [counts.get(axis, size) for counts in budgets]
+        if any(isinstance(n, tuple) for n in kept):  # per block in one is so in all
+            blocks = len(blocks_with(cfg.pattern, axis))
+            kept = [_each(n, blocks) for n in kept]
+        for counts, n in zip(spelled, kept, strict=True):
+            counts[axis] = n
+    each = [masks_from_counts(cfg, counts) for counts in spelled]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+def switched(
+    stacked: BudgetMasks, first: Any, second: Any, later: Bool[Array, "b t"]
+) -> BudgetMasks:
+    """Masks that change along time, of two submodels chosen from `stacked_masks`.
+
+    Args:
+      first, second: their places, traced or not.
+      later: where the second submodel reads; the first reads all else.
+
+    Returns:
+      leaves [b, t, size].
+    """
+    later = later[..., None]
+    return jax.tree.map(lambda m: jnp.where(later, m[second], m[first]), stacked)
 
 
 def layer_masks(masks: BudgetMasks | None, pattern: str, layer: int) -> LayerMasks:

@@ -5,6 +5,8 @@
 Documents lie end to end and are cut every T tokens: no token is lost and none is
 padding but behind the very last. A document is a segment of its own in every row that
 it reaches into, and its next token is predicted also where that is in the next row.
+Text has no thought that an answer follows: where a second model would take over is a
+random place in every segment, the same whenever the row is asked for.
 """
 
 import functools
@@ -50,6 +52,8 @@ class Rows:
           targets: int32 [T], the next token of the same document; `pad` at its end.
           segment_ids: int32 [T], 1, 2, ... per document and 0 on padding.
           weights: float32 [T], 1 where there is a target.
+          answer: bool [T], True behind a random place inside each segment, which is a
+            function of the row's number; False for a segment of one token.
         """
         start = self._start(index)
         tokens = self.documents.tokens[start : start + self.context + 1]
@@ -65,11 +69,19 @@ class Rows:
         targets[:followed] = np.where(inside, tokens[1:], self.documents.pad)
         segments[:n] = 1 + np.concatenate([[0], np.cumsum(~inside)])[:n]
         weights[:followed] = inside
+        _, first, length = np.unique(
+            segments[:n], return_index=True, return_counts=True
+        )
+        draw = np.random.default_rng(start // self.context).random(len(first))
+        switch = first + 1 + (draw * (length - 1)).astype(int)
+        answer = np.zeros(self.context, bool)
+        answer[:n] = np.arange(n) >= switch[segments[:n] - 1]
         return {
             "tokens": row,
             "targets": targets,
             "segment_ids": segments,
             "weights": weights,
+            "answer": answer,
         }
 
     def spread(self, count: int) -> "Rows":

@@ -1,22 +1,18 @@
 """Training steps: one gradient per micro-batch, one update for all objectives.
 
-    b batch   t time   d embed
+    b batch   t time
 
-An objective turns a batch into gradients of the parent's whole tree; a sliced
-submodel's gradients land in the prefix, and the optimiser state stays whole. Whatever
-differs between stages is traced, so they share their executables: one gradient per
-context while the router learns, one per budget and context once it is frozen, and one
-update for all. A frozen router is one with rate zero.
+The gradient is of the parent's whole tree, whatever part of it an objective ran, so
+the optimiser state stays whole and all stages share one update. A frozen router is one
+with rate zero.
 
 A batch holds `tokens`, `targets` (the next tokens), `segment_ids` and `weights`
 (which targets count), each [b, t]. Micro-batches add up to the mean over the weights of
 the whole batch, however it is cut.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from elastic_jax import axes
-from elastic_jax.axes import Counts, ParamSpecs
+from elastic_jax.axes import ParamSpecs
 from elastic_jax.config import ModelConfig
-from elastic_jax.curriculum import Stage, sample_budgets
-from elastic_jax.distill import cross_entropy_loss, distillation_loss
-from elastic_jax.elastic import Elastic, router_health
-from elastic_jax.model import hidden_states, param_specs
-from elastic_jax.nesting import slice_config, slice_params
+from elastic_jax.curriculum import Stage
+from elastic_jax.elastic import Elastic
+from elastic_jax.model import param_specs
 from elastic_jax.router import (
     budget_input,
     budget_loss,
@@ -159,178 +153,29 @@ def update(
     return TrainState(state.step + 1, **moved, moments=moments), norms
 
 
-# --------------------------------------------------------------------- objectives
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a stage trains on.
-
-    Attributes:
-      gradients: (state, batch, step in the stage) -> (gradients, losses).
-      health: (state, step in the stage) -> metrics worth a row now and then.
-    """
-
-    gradients: Callable[[TrainState, Mapping, int], tuple[Any, Losses]]
-    health: Callable[[TrainState, int], Mapping[str, Any]] = lambda *_: {}
-
-
-def language_objective(
-    cfg: ModelConfig, stage: Stage, *, chunk: int = 512, mesh=None
-) -> Objective:
-    """Next-token cross entropy of the full model: how a toy parent is made."""
-
-    def gradients(state, batch, step):
-        calls = [("full", (cfg, chunk), ())] * stage.micro_batches
-        return _accumulated(_language_loss, calls, state, batch, stage, mesh)
-
-    return Objective(gradients)
-
-
-def _language_loss(trained, rows, cfg, chunk):
-    params = trained["params"]
-    loss = cross_entropy_loss(
-        _hidden(params, rows, cfg),
-        params["lm_head"],
-        rows["targets"],
-        weights=rows["weights"],
-        chunk=chunk,
-    )
-    return loss, loss
-
-
-def masked_objective(elastic: Elastic, stage: Stage) -> Objective:
-    """Distillation under soft masks while the router learns.
-
-    The budget enters as a traced one-hot, so all budgets share one executable. The
-    losses reported are divergences, without the budget loss.
-    """
-    settings = dataclasses.replace(elastic, teacher=None)  # hashable, so static
-    weights = stage.budget_weights(len(elastic.budgets))
-
-    def gradients(state, batch, step):
-        at = int(state.step)
-        drawn = sample_budgets(elastic.seed, at, weights, stage.micro_batches)
-        key = jax.random.fold_in(jax.random.key(elastic.seed), at)
-        shared = *schedule(step, stage.total_steps), stage.budget_loss_weight
-        calls = []
-        for i, index in enumerate(drawn):
-            budget = budget_input(int(index), len(elastic.budgets))
-            given = elastic.teacher, budget, jax.random.fold_in(key, i), *shared
-            calls.append((elastic.names[index], (settings,), given))
-        return _accumulated(_masked_loss, calls, state, batch, stage, elastic.mesh)
-
-    def report(state, step):
-        return router_health(elastic, state.router, step, stage.total_steps)
-
-    return Objective(gradients, report)
-
-
-def _masked_loss(
-    trained, rows, teacher, budget, key, scale, temperature, budget_loss_weight, elastic
-):
-    noise, coin = jax.random.split(key)
-    hard = jax.random.uniform(coin) < elastic.hard_probability
-    router, params = elastic.router, trained["params"]
-    logits = router.apply(trained["router"], budget)
-    pi = probabilities(logits, scale, temperature, noise, hard=hard)
-    masks = soft_masks(pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks)
-    hidden = _hidden(params, rows, elastic.cfg, masks)
-    kl = _divergence(hidden, params, rows, teacher, elastic.cfg, elastic.chunk)
-    missed = budget_loss(
-        pi,
-        masks,
-        budget,
-        budgets=elastic.budgets,
-        zone=elastic.dead_zone,
-        **elastic.costing,
-    )
-    return kl + budget_loss_weight * missed, kl
-
-
-def sliced_objective(
-    elastic: Elastic, stage: Stage, counts: Mapping[str, Counts]
-) -> Objective:
-    """Distillation of the sliced submodels at settled counts: only active work.
-
-    One executable per budget; the whole tree's gradient is zero outside the prefix.
-    """
-    weights = stage.budget_weights(len(elastic.budgets))
-
-    def gradients(state, batch, step):
-        at = int(state.step)
-        drawn = sample_budgets(elastic.seed, at, weights, stage.micro_batches)
-        names = [elastic.names[i] for i in drawn]
-        calls = [
-            (name, (elastic.cfg, counts[name], elastic.chunk), (elastic.teacher,))
-            for name in names
-        ]
-        return _accumulated(_sliced_loss, calls, state, batch, stage, elastic.mesh)
-
-    return Objective(gradients)
-
-
-def _sliced_loss(trained, rows, teacher, cfg, counts, chunk):
-    small = slice_params(trained["params"], param_specs(cfg), counts)
-    hidden = _hidden(small, rows, slice_config(cfg, counts))
-    kl = _divergence(hidden, small, rows, teacher, cfg, chunk)
-    return kl, kl
-
-
-def divergence(
-    teacher: Any,
-    params: Any,
-    cfg: ModelConfig,
-    counts: Counts,
-    batches: Iterable[Mapping],
-    *,
-    chunk: int = 512,
-) -> float:
-    """Mean KL, in nats per token, from the parent `teacher` to a slice of `params`."""
-    rows = ({k: jnp.asarray(batch[k]) for k in ROWS} for batch in batches)
-    given = {"params": params}, teacher, cfg, counts, chunk
-    return float(np.mean([_loss_alone(r, *given) for r in rows]))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _loss_alone(rows, trained, teacher, cfg, counts, chunk):
-    return _sliced_loss(trained, rows, teacher, cfg, counts, chunk)[0]
-
-
-def _hidden(params, rows, cfg, masks=None):
-    return hidden_states(
-        params, rows["tokens"], cfg, masks=masks, segment_ids=rows["segment_ids"]
-    )
-
-
-def _divergence(hidden, student, rows, teacher, cfg, chunk):
-    """KL from the parent, whose hidden states are computed alongside."""
-    taught = jax.lax.stop_gradient(_hidden(teacher, rows, cfg))
-    return distillation_loss(
-        hidden,
-        student["lm_head"],
-        taught,
-        teacher["lm_head"],
-        weights=rows["weights"],
-        chunk=chunk,
-    )
-
-
 # ------------------------------------------------------------------ micro-batches
 
 
-def _accumulated(
+def accumulated(
     loss: Callable,
     calls: Sequence[tuple[str, tuple, tuple]],
     state: TrainState,
     batch: Mapping,
     stage: Stage,
     mesh,
+    *,
+    fields: Sequence[str] = ROWS,
 ) -> tuple[Any, Losses]:
-    """The gradient of a batch; `calls` has (budget, settings, arguments) per part."""
+    """The gradient of a batch; `calls` has (budget, settings, arguments) per part.
+
+    `fields` of the batch are what `loss` is given as rows.
+
+    Raises:
+      ValueError: a field is missing, or has not the stage's shape.
+    """
     trained = _trained(state)
     total, losses = _zeros(trained), []
-    parts = _micro_batches(batch, stage, mesh)
+    parts = _micro_batches(batch, stage, mesh, fields)
     for (budget, settings, given), (rows, share) in zip(calls, parts, strict=True):
         total, value = accumulate(loss, settings, total, trained, share, rows, *given)
         losses.append((budget, value))
@@ -350,20 +195,25 @@ def accumulate(loss, settings, total, trained, share, *given):
 
 
 def _micro_batches(
-    batch: Mapping, stage: Stage, mesh
+    batch: Mapping, stage: Stage, mesh, fields: Sequence[str]
 ) -> Iterator[tuple[dict[str, Array], float]]:
     """The rows of each micro-batch, laid out over the mesh's data axis, and its share.
 
     A share is what the micro-batch has of the batch's weights.
     """
+    if missing := [name for name in fields if name not in batch]:
+        raise ValueError(
+            f"stage {stage.name!r}: rows without {', '.join(missing)}; it needs "
+            f"{', '.join(fields)}"
+        )
     expected = stage.batch, stage.context
-    found = {name: np.shape(batch[name]) for name in ROWS}
+    found = {name: np.shape(batch[name]) for name in fields}
     if wrong := {name: shape for name, shape in found.items() if shape != expected}:
         raise ValueError(
             f"stage {stage.name!r}: expected rows of shape {expected}, got {wrong}"
         )
     parts = [
-        {name: batch[name][i : i + stage.micro_batch] for name in ROWS}
+        {name: batch[name][i : i + stage.micro_batch] for name in fields}
         for i in range(0, stage.batch, stage.micro_batch)
     ]
     weights = [float(np.sum(rows["weights"], dtype=np.float64)) for rows in parts]

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import elastic_jax as ej
-from elastic_jax import checkpoint, data, fit, saves, train
+from elastic_jax import checkpoint, data, fit, objectives, saves, train
 from elastic_jax.axes import AXES, blocks_with
 from elastic_jax.distill import distillation_loss
 from elastic_jax.elastic import Elastic, settled_counts
@@ -211,7 +211,7 @@ def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool):
         workdir,
         "parent",
         (stage,),
-        lambda stage, _: train.language_objective(plan.cfg, stage),
+        lambda stage, _: objectives.language_objective(plan.cfg, stage),
         jax.jit(ej.init_params, static_argnums=1)(
             jax.random.key(plan.values["seed"]), plan.cfg
         ),
@@ -281,7 +281,7 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
 
     def measure(ranks, counts) -> float:
         moved = ej.permute_params(params, specs, ranks)
-        return train.divergence(params, moved, cfg, counts, batches)
+        return objectives.divergence(params, moved, cfg, counts, batches)
 
     asked = plan.values["orders"]["axes"] or AXES
     cases = [(axis, "", found) for axis in found if axis in asked and axis != "experts"]
@@ -389,8 +389,10 @@ def elastic_training(
 
     def objective(stage, facts):
         if stage.router == "train":
-            return train.masked_objective(elastic, stage)
-        return train.sliced_objective(elastic, stage, settled(facts))
+            return objectives.masked_objective(elastic, stage)
+        if stage.mixed_prefixes:
+            return objectives.mixed_objective(elastic, stage, settled(facts))
+        return objectives.sliced_objective(elastic, stage, settled(facts))
 
     def finish(stage, state, facts):
         if stage.router == "train":
@@ -430,7 +432,7 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
     saved["end"] = final
     return {
         budget: {
-            when: train.divergence(teacher, params, plan.cfg, kept, batches)
+            when: objectives.divergence(teacher, params, plan.cfg, kept, batches)
             for when, params in saved.items()
         }
         for budget, kept in counts.items()

@@ -105,11 +105,14 @@ class ReasoningTask:
           segment_ids: int32 [T], 1, 2, ... per problem and 0 on padding.
           weights: float32 [T], 1 where the target is part of a thought or an answer
             (`<eos>` too), 0 inside questions, at `<eos>` and on padding.
+          answer: bool [T], True from `</think>` on, which the answering model reads;
+            False for what it is handed, and on padding.
         """
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
         tokens, targets, segments = np.zeros((3, self.context), np.int32)
         weights = np.zeros(self.context, np.float32)
+        answer = np.zeros(self.context, bool)
         start = 0
         for segment, problem in enumerate(self._packed(index), start=1):
             whole = problem.tokens
@@ -118,12 +121,14 @@ class ReasoningTask:
             targets[start : end - 1] = whole[1:]
             segments[start:end] = segment
             weights[start + len(problem.prompt) - 1 : end - 1] = 1
+            answer[start + len(problem.prompt) + len(problem.thought) - 1 : end] = True
             start = end
         return {
             "tokens": tokens,
             "targets": targets,
             "segment_ids": segments,
             "weights": weights,
+            "answer": answer,
         }
 
     def digest(self) -> str:

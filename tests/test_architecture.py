@@ -46,7 +46,7 @@ FLOORS = (
         "findings",
     ),
     (
-        *("elastic", "train", "metrics", "fit"),
+        *("elastic", "train", "objectives", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
         *("convert", "request", "serving", "report"),
     ),

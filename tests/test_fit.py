@@ -26,7 +26,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import elastic_jax as ej
-from elastic_jax import data, fit, stored, train
+from elastic_jax import data, fit, objectives, stored, train
 from elastic_jax.curriculum import Stage
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.metrics import Alarms, MetricLog
@@ -46,6 +46,7 @@ SLICED = Stage(
     "sliced", context=12, batch=4, micro_batch=2, learning_rate=5e-3, steps=3,
     router="frozen"
 )
+MIXED = dataclasses.replace(SLICED, name="mixed", mixed_prefixes=0.5)
 STAGES = (LEARN, SLICED)
 STEPS = LEARN.steps + SLICED.steps
 
@@ -75,6 +76,7 @@ def make_source(stage, seed=0, rows=32):
         "targets": rng.integers(0, 16, shape, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
         "weights": np.ones(shape, np.float32),
+        "answer": np.arange(stage.context) >= rng.integers(1, stage.context, (rows, 1)),
     })
 
 
@@ -90,11 +92,13 @@ def make_run(parent, *, stages=STAGES, sources=None, **options):
 
     def objective(stage, facts):
         if stage.router == "train":
-            return train.masked_objective(elastic, stage)
+            return objectives.masked_objective(elastic, stage)
         counts = settled_counts(elastic, router)
         if "counts" in facts:
             counts = {n: ej.counts(CFG, **c) for n, c in facts["counts"].items()}
-        return train.sliced_objective(elastic, stage, counts)
+        if stage.mixed_prefixes:
+            return objectives.mixed_objective(elastic, stage, counts)
+        return objectives.sliced_objective(elastic, stage, counts)
 
     def finish(stage, state, facts):
         if stage.router != "train":
@@ -207,6 +211,19 @@ def test_a_stage_that_ends_early_resumes_too(parent, tmp_path):
         assert rows(folder) == rows(whole)
 
 
+def test_a_stage_of_mixed_prefixes_resumes_too(parent, tmp_path):
+    """Which budgets are mixed, and where, is a function of the step and the row."""
+    whole, stages = tmp_path / "whole", (LEARN, MIXED)
+    expected, _ = run_in(whole, parent, stages=stages)
+    names = {key for row in rows(whole)[LEARN.steps :] for key in row}
+    assert any("-to-" in name for name in names)
+    for step in (LEARN.steps, LEARN.steps + 1, LEARN.steps + 2):
+        folder = cut(whole, tmp_path / str(step), step)
+        state, _ = run_in(folder, parent, stages=stages)
+        assert digest(state) == digest(expected)
+        assert rows(folder) == rows(whole)
+
+
 # ----------------------------------------------------------------- changes (row 11)
 
 
@@ -299,7 +316,7 @@ def language_run(folder, observe=lambda *_: None):
     with TrainCheckpoints(folder) as checkpoints:
         run = fit.Run(
             stages=(stage,),
-            objective=lambda stage, _: train.language_objective(CFG, stage),
+            objective=lambda stage, _: objectives.language_objective(CFG, stage),
             batches=lambda stage: data.batches(make_source(stage), batch=4, seed=3),
             optimizer=OPTIMIZER,
             identity=fit.software(),
@@ -447,14 +464,14 @@ def test_a_fault_of_one_budget_is_blamed_on_it(parent, poisoned_unit, tmp_path):
 
 def test_a_gradient_may_overflow_where_the_loss_does_not(parent, tmp_path):
     def objective(stage, facts):
-        whole = train.masked_objective(parent.elastic, stage)
+        whole = objectives.masked_objective(parent.elastic, stage)
 
         def gradients(state, batch, step):
             total, losses = whole.gradients(state, batch, step)
             scale = math.inf if step == 2 else 1.0
             return jax.tree.map(lambda g: g * scale, total), losses
 
-        return train.Objective(gradients)
+        return objectives.Objective(gradients)
 
     options = {"objective": objective, "stages": (LEARN,)}
     with pytest.raises(fit.NonFinite, match="norm/params is not finite at step 2"):
@@ -480,14 +497,14 @@ def test_a_hundredfold_gradient_raises_a_loss_spike(parent, tmp_path):
     )
 
     def objective(stage, facts):
-        whole = train.language_objective(CFG, stage)
+        whole = objectives.language_objective(CFG, stage)
 
         def gradients(state, batch, step):
             total, losses = whole.gradients(state, batch, step)
             scale = 100.0 if step == 30 else 1.0
             return jax.tree.map(lambda g: g * scale, total), losses
 
-        return train.Objective(gradients)
+        return objectives.Objective(gradients)
 
     plain = optax.identity()
 

@@ -1,5 +1,6 @@
 """Budget masks: what they select, where they act, and what they leave alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from elastic_jax.masks import (
     live,
     masks_from_counts,
     prefix_mask,
+    stacked_masks,
+    switched,
     varies_along_time,
     written,
 )
@@ -91,6 +94,38 @@ def test_a_mask_may_vary_along_time():
     np.testing.assert_array_equal(
         live({"q_per_kv": mask}, "q_per_kv", 4), [[1, 2, 3], [4, 3, 2]]
     )
+
+
+def test_masks_of_submodels_are_chosen_along_time():
+    """Axes that one leaves whole, and another counts per block, in one tree."""
+    budgets = [
+        ej.counts(CFG),
+        ej.counts(CFG, embed=32, experts=(3, 5)),
+        ej.counts(CFG, experts=4, ffn=64, layers=(1, 0, 1, 1, 1, 1)),
+    ]
+    stacked = stacked_masks(CFG, budgets)
+    assert set(stacked) == {"embed", "experts", "ffn", "layers"}
+    assert {len(m) for m in (*stacked["experts"], stacked["embed"])} == {3}
+    later = jnp.array([[False, True, True], [False, False, True]])
+    full = {axis: getattr(CFG, axis) for axis in ("embed", "experts", "ffn")}
+    full["layers"] = (1,) * CFG.layers
+    for first in range(3):
+        for second in range(3):
+            masks = switched(stacked, first, second, later)
+            for row, column in np.ndindex(later.shape):
+                place = second if later[row, column] else first
+                now = jax.tree.map(lambda m: m[row, column], masks)  # noqa: B023
+                kept = ej.counts(CFG, **full | dict(budgets[place]))
+                expected = masks_from_counts(CFG, kept)
+                for i in range(CFG.layers):
+                    seen, want = (
+                        layer_masks(m, CFG.pattern, i) for m in (now, expected)
+                    )
+                    assert set(seen) == set(want)
+                    for axis in seen:
+                        np.testing.assert_array_equal(seen[axis], want[axis])
+                np.testing.assert_array_equal(now["layers"], expected["layers"])
+    assert stacked_masks(CFG, budgets[:1]) == {}
 
 
 def test_live_counts_soft_units():

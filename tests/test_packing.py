@@ -43,6 +43,7 @@ def test_no_token_is_lost(lengths, context):
             "targets": (np.int32, (context,)),
             "segment_ids": (np.int32, (context,)),
             "weights": (np.float32, (context,)),
+            "answer": (np.bool_, (context,)),
         }
         used = row["segment_ids"] > 0
         assert used.all() or index == len(rows) - 1
@@ -71,6 +72,26 @@ def test_segments_are_documents(lengths):
         _, numbers = np.unique(here, return_inverse=True)
         np.testing.assert_array_equal(segments[: len(here)], numbers + 1)
         assert not segments[len(here) :].any()
+
+
+def test_an_answer_begins_somewhere_inside_every_segment():
+    """Anywhere but at its first token, and in the same place whenever it is asked."""
+    rows = Rows(made([16] * 600), 32)
+    places = []
+    for index in range(len(rows)):
+        row = rows[index]
+        np.testing.assert_array_equal(row["answer"], rows[index]["answer"])
+        for segment in (1, 2):
+            answer = row["answer"][row["segment_ids"] == segment]
+            assert list(answer) == sorted(answer)
+            places.append(16 - answer.sum())
+    found = np.bincount(places, minlength=17)
+    assert found[0] == found[16] == 0 and (found[1:16] > 15).all()  # 40 on average
+    some = rows.spread(7)
+    for i, index in enumerate(some.only):
+        np.testing.assert_array_equal(some[i]["answer"], rows[index]["answer"])
+    for row in (Rows(made([1, 1, 1]), 2)[i] for i in range(2)):  # nothing to divide
+        assert not row["answer"].any()
 
 
 def test_chosen_rows_are_spread_over_all():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 import elastic_jax as ej
-from elastic_jax import axes, train
+from elastic_jax import axes, objectives, train
 from elastic_jax.budgets import ZONE
 from elastic_jax.curriculum import Stage
 from elastic_jax.elastic import Elastic, router_health, settled_counts
@@ -132,7 +132,7 @@ def test_language_gradients_are_those_of_the_whole_batch(elastic, state, micro_b
         chosen = jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
         return -jnp.sum(batch["weights"] * chosen) / jnp.sum(batch["weights"])
 
-    objective = train.language_objective(elastic.cfg, stage, chunk=5)
+    objective = objectives.language_objective(elastic.cfg, stage, chunk=5)
     gradients, losses = objective.gradients(state, batch, 0)
     loss, expected = jax.jit(jax.value_and_grad(plain))(state.params)
     close(gradients["params"], expected, rtol=1e-4, atol=1e-6)
@@ -144,7 +144,7 @@ def test_language_gradients_are_those_of_the_whole_batch(elastic, state, micro_b
 
 def test_a_batch_in_which_nothing_counts_has_no_gradient(elastic, state):
     batch = make_batch(STAGE) | {"weights": np.zeros((6, 8), np.float32)}
-    objective = train.language_objective(elastic.cfg, STAGE, chunk=5)
+    objective = objectives.language_objective(elastic.cfg, STAGE, chunk=5)
     gradients, losses = objective.gradients(state, batch, 0)
     assert size(gradients) == 0 and losses == [("full", 0.0)] * 3
 
@@ -165,8 +165,8 @@ def test_executables(elastic, state, optimizer, counts):
         assert seen == set(NAMES)
         return gradients()
 
-    masked = lambda stage: train.masked_objective(elastic, stage)
-    sliced = lambda stage: train.sliced_objective(elastic, stage, counts)
+    masked = lambda stage: objectives.masked_objective(elastic, stage)
+    sliced = lambda stage: objectives.sliced_objective(elastic, stage, counts)
     other = dataclasses.replace(
         STAGE, steps=5, learning_rate=1e-3, budget_loss_weight=1.0, batch=4
     )
@@ -183,8 +183,8 @@ def test_a_certain_router_masks_what_the_sliced_step_slices(elastic, state, coun
     """Same loss and gradient; outside of the prefix it is exactly zero."""
     sure = jax.tree.map(lambda w: 100 * w, state.router)
     state, batch = state._replace(router=sure), make_batch(STAGE)
-    masked = train.masked_objective(elastic, SMALLEST)
-    sliced = train.sliced_objective(elastic, SMALLEST, counts)
+    masked = objectives.masked_objective(elastic, SMALLEST)
+    sliced = objectives.sliced_objective(elastic, SMALLEST, counts)
     expected, masked_losses = masked.gradients(state, batch, SMALLEST.total_steps)
     gradients, losses = sliced.gradients(state, batch, 0)
     assert [name for name, _ in losses] == ["small"] * 3
@@ -207,7 +207,7 @@ def test_the_router_hears_the_distillation_loss_too(elastic, state):
 
     def gradients(weight):
         stage = dataclasses.replace(STAGE, budget_loss_weight=weight)
-        objective = train.masked_objective(elastic, stage)
+        objective = objectives.masked_objective(elastic, stage)
         return on_host(objective.gradients(state, batch, 2))
 
     (alone, losses), (both, same) = gradients(0.0), gradients(10.0)
@@ -218,7 +218,7 @@ def test_the_router_hears_the_distillation_loss_too(elastic, state):
 
 
 def test_noise_and_budgets_follow_the_step_alone(elastic, state):
-    batch, objective = make_batch(STAGE), train.masked_objective(elastic, STAGE)
+    batch, objective = make_batch(STAGE), objectives.masked_objective(elastic, STAGE)
     once, again = (on_host(objective.gradients(state, batch, 2)) for _ in range(2))
     same_bits(once[0], again[0])
     assert once[1] == again[1]
@@ -229,13 +229,13 @@ def test_noise_and_budgets_follow_the_step_alone(elastic, state):
 def test_a_batch_that_does_not_fit_its_stage_is_refused(elastic, state):
     batch = make_batch(dataclasses.replace(STAGE, batch=4, micro_batch=4))
     with pytest.raises(ValueError, match=r"'a'.*\(6, 8\).*'tokens': \(4, 8\)"):
-        train.language_objective(elastic.cfg, STAGE).gradients(state, batch, 0)
+        objectives.language_objective(elastic.cfg, STAGE).gradients(state, batch, 0)
 
 
 def test_divergence_of_the_parent_from_itself_is_zero(elastic, counts):
     given = elastic.teacher, elastic.teacher, elastic.cfg
     itself, slice_of_it = (
-        train.divergence(*given, counts[name], [make_batch(STAGE)])
+        objectives.divergence(*given, counts[name], [make_batch(STAGE)])
         for name in ("full", "small")
     )
     assert abs(itself) < 1e-6 < 1e-2 < slice_of_it
@@ -377,8 +377,8 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(kind):
 
     def make(elastic):
         if kind == "masked":
-            return train.masked_objective(elastic, stage)
-        return train.sliced_objective(elastic, stage, dict.fromkeys(NAMES, kept))
+            return objectives.masked_objective(elastic, stage)
+        return objectives.sliced_objective(elastic, stage, dict.fromkeys(NAMES, kept))
 
     alone = train.init_state(elastic.teacher, optimizer, learned)
     expected, losses = make(elastic).gradients(alone, batch, 3)

@@ -32,6 +32,7 @@ def stage(**changes):
         "router": "train",
         "router_learning_rate": 1e-2,
         "budget_loss_weight": 10.0,
+        "mixed_prefixes": 0.0,  # with router="frozen" only
     }
     return training(**(fields | changes))
 

@@ -44,6 +44,13 @@ MISTAKES = {
     "--config.budgets.names=('full',2,'')": ["budgets.names", "[2, '']"],
     "--config.parent_training.sampling=(1.0,)": ["unknown", "parent_training.samp"],
     "--config.parent_training.router=frozen": ["unknown", "parent_training.router"],
+    "--config.stages.short.mixed_prefixes=0.5": [
+        "Stage 'short'",
+        "mixed_prefixes 0.5",
+        "use router='frozen'",
+    ],
+    "--config.stages.long.mixed_prefixes=2.0": ["Stage 'long'", "0..1, got 2.0"],
+    "--config.parent_training.mixed_prefixes=0.5": ["unknown", "parent_training.mixed"],
     "--config.parent=no/where": ["no/where"],
     "--config.data.source=file": ["data.source 'file'", "did you mean 'files'"],
     "--config.data.source=files": ["no files given"],

@@ -214,7 +214,9 @@ def test_the_two_tasks_answer_the_same_questions(folder):
         }  # fmt: skip
         for source in plan.task.data.values():
             row = source[0]
-            assert set(row) == {"tokens", "targets", "segment_ids", "weights"}
+            assert set(row) == {
+                "tokens", "targets", "segment_ids", "weights", "answer",
+            }  # fmt: skip
             assert row["tokens"].max() < plan.task.vocab <= plan.cfg.vocab
             assert len(source.digest()) == 64
         cfg = ej.ModelConfig(**CFG.to_dict() | {"vocab": plan.cfg.vocab})

@@ -74,13 +74,14 @@ def test_rows_are_whole_problems_and_targets_stay_inside_them():
             "targets": (np.int32, (96,)),
             "segment_ids": (np.int32, (96,)),
             "weights": (np.float32, (96,)),
+            "answer": (np.bool_, (96,)),
         }
         used = row["segment_ids"] > 0
         assert list(used) == sorted(used, reverse=True)
         np.testing.assert_array_equal(row["tokens"] == PAD, ~used)
         assert np.sum(~used) < 15  # nothing would have fitted
 
-        rebuilt, counted = [], []
+        rebuilt, counted, answered = [], [], []
         for tokens in segments(row):
             text = task.decode(tokens)
             assert text.count("<think>") == text.count("<eos>") == 1
@@ -89,8 +90,12 @@ def test_rows_are_whole_problems_and_targets_stay_inside_them():
             rebuilt += targets
             first = text.split("<think>")[0].count(" ")  # the tag, which predicts
             counted += [first <= i < len(tokens) - 1 for i in range(len(tokens))]
+            end = tokens.index(END_THINK)  # the answering model reads it
+            answered += [i >= end for i in range(len(tokens))]
         np.testing.assert_array_equal(row["targets"][used], rebuilt)
         np.testing.assert_array_equal(row["weights"][used], counted)
+        np.testing.assert_array_equal(row["answer"][used], answered)
+        assert not row["answer"][~used].any()
         assert not np.any(row["targets"][~used]) and not np.any(row["weights"][~used])
 
 
