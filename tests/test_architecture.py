@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # to its left.
 FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
-    ("masks", "nesting", "cost", "sharding"),
+    ("masks", "nesting", "latency_grid", "latency_table", "cost", "sharding"),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model",),
     (
@@ -44,13 +44,13 @@ FLOORS = (
     ),
     (
         *("elastic", "train", "metrics", "fit", "generate", "budget_control"),
-        *("convert", "report"),
+        *("convert", "latency", "report"),
     ),
     ("__main__",),
 )
 ALONE = {
     *("layers.attention", "layers.mlp", "layers.moe"),
-    *("generate", "convert", "report"),
+    *("generate", "convert", "latency", "report"),
 }
 
 DOORS = {
