@@ -7,6 +7,7 @@ a frozen value that equals its like, so static under `jit`. `latency.py` measure
 
 import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,8 @@ class LatencyTable:
       batch: rows.
       prompt: tokens that a prefill reads into an empty cache.
       context: length of the cache; decoding reads the token that fills it.
+      scale: (phase, factor) by which the seconds of the grids are larger than those of
+        parts that were measured alone, so that they add up to the whole parent.
       fixed: (size, value), for each of `FIXED`.
       grids: of every kind of block that was measured, and of the ends.
 
@@ -58,6 +61,7 @@ class LatencyTable:
     batch: int
     prompt: int
     context: int
+    scale: tuple[tuple[str, float], ...]
     fixed: tuple[tuple[str, int], ...] = field(repr=False)
     grids: tuple[Grid, ...] = field(repr=False)
 
@@ -176,7 +180,7 @@ class LatencyTable:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         values = {name: getattr(self, name) for name in _names(LatencyTable)}
-        values["fixed"] = dict(self.fixed)
+        values |= {"scale": dict(self.scale), "fixed": dict(self.fixed)}
         values["grids"] = [
             {
                 "kind": grid.kind,
@@ -195,7 +199,8 @@ class LatencyTable:
           ValueError: with the member that is missing, unknown or cannot be.
         """
         given = dict(_members(values, _names(cls), "table"))
-        given["fixed"] = tuple(_typed(dict, given["fixed"], "fixed").items())
+        for name in ("scale", "fixed"):
+            given[name] = tuple(_typed(dict, given[name], name).items())
         grids = []
         for i, grid in enumerate(_typed(list, given["grids"], "grids")):
             at = f"grids[{i}]"
@@ -248,11 +253,15 @@ def _problems(table: LatencyTable) -> Iterator[str]:
             yield f"{name}: expected a positive int, got {shown(value)}"
     if tuple(found := [name for name, _ in table.fixed]) != FIXED:
         yield f"fixed: expected {list(FIXED)}, got {shown(found)}"
+    for phase, factor in table.scale:
+        if type(factor) is not float or not 0 < factor < math.inf:
+            yield f"scale.{phase}: expected a positive factor, got {shown(factor)}"
     kinds = [grid.kind for grid in table.grids]
     if ENDS not in kinds or len(set(kinds)) < len(kinds):
         yield f"grids: expected {ENDS!r} and others, each once, got {shown(kinds)}"
-    if len({tuple(phase for phase, _ in grid.seconds) for grid in table.grids}) > 1:
-        yield "grids: measured in different phases"
+    phases = {tuple(phase for phase, _ in grid.seconds) for grid in table.grids}
+    if {tuple(phase for phase, _ in table.scale), *phases} != phases or len(phases) > 1:
+        yield "grids and scale: measured in different phases"
 
 
 def _names(kind: type) -> tuple[str, ...]:

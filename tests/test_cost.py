@@ -252,7 +252,8 @@ def seconds_of_width():
 
     fixed = tuple((name, getattr(TINY, name)) for name in FIXED)
     grids = tuple(map(grid, (*"M-E*", ENDS)))
-    return LatencyTable("a thought", "today", "0", "float32", 1, 1, 1, fixed, grids)
+    about = "a thought", "today", "0", "float32", 1, 1, 1, (("decode", 1.0),)
+    return LatencyTable(*about, fixed, grids)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -56,6 +56,7 @@ def made(cfg=CFG, phases=PHASES, seed=0, seconds=None) -> LatencyTable:
         batch=1,
         prompt=16,
         context=32,
+        scale=tuple((phase, 1.0) for phase in phases),
         fixed=tuple((name, getattr(cfg, name)) for name in FIXED),
         grids=tuple(map(grid, (*dict.fromkeys(cfg.pattern), ENDS))),
     )
@@ -252,6 +253,10 @@ HOSTILE = [
     (("batch",), True, "batch: expected a positive int"),
     (("context",), 1e9, "context: expected a positive int"),
     (("prompt",), 10**30, "prompt: expected a positive int"),
+    (("scale",), [1.0], "scale: expected a dict"),
+    (("scale", "decode"), KeyError, "different phases"),
+    (("scale", "decode"), math.nan, "scale.decode: expected a positive factor"),
+    (("scale", "decode"), "1", "scale.decode: expected a positive factor"),
     (("fixed",), [], "fixed: expected a dict"),
     (("fixed", "vocab"), KeyError, "fixed: expected"),
     (("fixed", "vocab"), -1, "fixed.vocab: expected a positive int"),

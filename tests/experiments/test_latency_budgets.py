@@ -38,8 +38,9 @@ def thought_of(params, cfg, elastic, *, phases, batch, prompt, context, **_):
 
     fixed = tuple((name, getattr(cfg, name)) for name in FIXED)
     grids = tuple(map(grid, (*dict.fromkeys(cfg.pattern), ENDS)))
-    load = (batch, prompt, context)
-    return LatencyTable("a thought", "today", "0", "float32", *load, fixed, grids)
+    scale = tuple((phase, 1.0) for phase in phases)
+    about = "a thought", "today", "0", "float32", batch, prompt, context, scale
+    return LatencyTable(*about, fixed, grids)
 
 
 @pytest.fixture
