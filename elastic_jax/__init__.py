@@ -10,8 +10,9 @@ import types
 
 from elastic_jax import presets
 from elastic_jax.axes import AXES, Counts, ParamSpec
+from elastic_jax.budget import Budget, parse_budget
 from elastic_jax.config import ElasticConfig, ModelConfig
-from elastic_jax.cost import Budget, cost, parse_budget
+from elastic_jax.cost import cost
 from elastic_jax.latency_table import LatencyTable
 from elastic_jax.masks import masks_from_counts
 from elastic_jax.model import (

@@ -14,8 +14,9 @@ import numpy as np
 
 from elastic_jax import nesting
 from elastic_jax.axes import Counts
+from elastic_jax.budget import Budget
 from elastic_jax.config import ElasticConfig, ModelConfig
-from elastic_jax.cost import Budget, Cost, cost
+from elastic_jax.cost import Cost, cost
 
 Budgets = tuple[tuple[str, Budget], ...]
 

@@ -8,7 +8,6 @@ allocated. Seconds are read from a table at the same sizes.
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from elastic_jax.axes import AXES, Counts, blocks_with, layers_with
+from elastic_jax.axes import AXES, Counts, ParamSpec, blocks_with, layers_with
 from elastic_jax.config import ModelConfig, did_you_mean
 from elastic_jax.latency_grid import PHASES
 from elastic_jax.latency_table import LatencyTable
@@ -26,24 +25,8 @@ from elastic_jax.latency_table import LatencyTable
 # Bytes of 16 stored values. NVFP4 packs 16 four-bit values and one scale byte.
 BLOCK_BYTES = {"fp32": 64, "bf16": 32, "fp16": 32, "fp8": 16, "nvfp4": 9}
 
-KINDS = (
-    *("active_params", "total_params", "weight_bytes", "memory_bytes"),
-    "latency_seconds",
-)
-
 # What a latency budget counts: one pass over the prompt, one token, or an answer.
 LATENCIES = (*PHASES, "answer")
-
-# Units of a budget: how many, and of what. "B" alone is billions.
-UNITS = {unit: (1000**i, "params") for i, unit in enumerate(("", "K", "M", "B", "T"))}
-UNITS |= {f"{p}B": (1000**i, "bytes") for i, p in enumerate("KMGT", 1)}
-UNITS |= {f"{p}iB": (1024**i, "bytes") for i, p in enumerate("KMGT", 1)}
-UNITS |= {"s": (1, "seconds"), "ms": (1e-3, "seconds"), "us": (1e-6, "seconds")}
-MEANT = {
-    "params": "active_params",
-    "bytes": "memory_bytes",
-    "seconds": "latency_seconds",
-}
 
 Number = int | float | Array
 
@@ -70,9 +53,16 @@ class Cost:
         """Parameters that one token uses: `top_k` of the routed experts, all else."""
         return self._number(self._sum(self.specs, active=True))
 
+    def read_bytes(self, precision: str = "bf16") -> Number:
+        """Bytes of weights that one token reads: active, and of the embedding a row."""
+        row = ("embedding",), ParamSpec("-> embed")
+        specs = tuple(row if each[0] == row[0] else each for each in self.specs)
+        block_bytes = block_bytes_of(precision)
+        return self._bytes(self._sum(specs, active=True, block_bytes=block_bytes))
+
     def weight_bytes(self, precision: str = "bf16") -> Number:
         """Bytes of all weights, every one stored in `precision`, rounded up."""
-        return self._bytes(self._sum(self.specs, block_bytes=_block_bytes(precision)))
+        return self._bytes(self._sum(self.specs, block_bytes=block_bytes_of(precision)))
 
     def cache_bytes(
         self, cache_specs, *, batch: int, length: int, precision: str = "bf16"
@@ -82,9 +72,9 @@ class Cost:
         Arrays with a dtype of their own (scan states, counters) keep it; the others
         are stored in `precision`.
         """
-        given = {"batch": _at_least_one("batch", batch)}
-        given |= {"length": _at_least_one("length", length)}
-        block_bytes = _block_bytes(precision)
+        given = {"batch": at_least_one("batch", batch)}
+        given |= {"length": at_least_one("length", length)}
+        block_bytes = block_bytes_of(precision)
         return self._bytes(self._sum(cache_specs, block_bytes=block_bytes, **given))
 
     def latency_seconds(
@@ -103,7 +93,7 @@ class Cost:
         Raises:
           ValueError: a table of another model, without the phase, or too narrow.
         """
-        if problem := _phase_problem(phase, new_tokens):
+        if problem := phase_problem(phase, new_tokens):
             raise ValueError(problem)
         if phase == "answer":
             once, each = (table.seconds(self.sizes, name) for name in PHASES)
@@ -171,130 +161,6 @@ def cost(
     return Cost(specs, sizes, exact=masks is None)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A target for the cost of a submodel.
-
-    Attributes:
-      target: a fraction of the full model if `relative`, else parameters, bytes or
-        seconds.
-      kind: what is counted; `memory_bytes` is weights and cache together.
-      precision: of weights and cache, for the kinds in bytes.
-      batch, length: rows and tokens of the cache, for `memory_bytes`.
-      latency: the table, for `latency_seconds`; a budget may be written down without,
-        but nothing can be measured by it.
-      phase, new_tokens: what is counted of it, as of `Cost.latency_seconds`.
-    """
-
-    target: float
-    kind: str = "active_params"
-    relative: bool = True
-    precision: str = "bf16"
-    batch: int = 1
-    length: int | None = None
-    latency: LatencyTable | None = None
-    phase: str = "decode"
-    new_tokens: int | None = None
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            known = did_you_mean(self.kind, KINDS)
-            raise ValueError(f"unknown kind of budget {self.kind!r}{known}")
-        _block_bytes(self.precision)
-        if not math.isfinite(self.target) or self.target <= 0:
-            raise ValueError(f"a budget is positive and finite, got {self.target!r}")
-        if self.relative and self.target > 1:
-            raise ValueError(f"a relative budget is at most 1, got {self.target!r}")
-        if self.kind == "memory_bytes":
-            if self.length is None:
-                raise ValueError("a memory_bytes budget needs length=, tokens of cache")
-            _at_least_one("batch", self.batch)
-            _at_least_one("length", self.length)
-        if problem := _phase_problem(self.phase, self.new_tokens):
-            raise ValueError(problem)
-
-    def measure(self, cost: Cost, cache_specs) -> Number:
-        """What `cost` says of this budget's kind, in parameters, bytes or seconds."""
-        if self.kind == "latency_seconds":
-            if self.latency is None:
-                raise ValueError("a latency_seconds budget needs latency=, a table")
-            return cost.latency_seconds(
-                self.latency, phase=self.phase, new_tokens=self.new_tokens
-            )
-        if self.kind == "active_params":
-            return cost.active_params
-        if self.kind == "total_params":
-            return cost.total_params
-        weights = cost.weight_bytes(self.precision)
-        if self.kind == "weight_bytes":
-            return weights
-        return weights + cost.cache_bytes(
-            cache_specs,
-            batch=self.batch,
-            length=self.length,
-            precision=self.precision,
-        )
-
-    def absolute(self, specs, cache_specs, cfg: ModelConfig) -> float:
-        """The target in what is counted, `cfg` being the full model."""
-        if not self.relative:
-            return float(self.target)
-        return self.target * self.measure(cost(specs, cfg), cache_specs)
-
-    def ratio(self, specs, cache_specs, cfg: ModelConfig, *, counts=None, masks=None):
-        """Cost over target: 1 on target. Differentiable for masks."""
-        value = self.measure(cost(specs, cfg, counts=counts, masks=masks), cache_specs)
-        return value / self.absolute(specs, cache_specs, cfg)
-
-
-def parse_budget(
-    text: str | float,
-    *,
-    kind: str | None = None,
-    precision: str = "bf16",
-    batch: int = 1,
-    length: int | None = None,
-    **latency: Any,
-) -> Budget:
-    """A budget from what a person writes: `0.78`, `"2.8B"`, `"24GiB"`, `"12ms"`.
-
-    A plain number up to 1 is a fraction of the full model. `B` alone is billions of
-    parameters; bytes are written `GB` (10^9) or `GiB` (2^30), seconds `s`, `ms` or
-    `us`. Without `kind`, bytes mean `memory_bytes`, seconds `latency_seconds` and
-    everything else `active_params`. `latency` are `latency`, `phase` and `new_tokens`
-    of a Budget.
-    """
-    match = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    try:
-        number, (factor, unit) = float(match[1]), UNITS[match[2]]
-    except (TypeError, ValueError, KeyError):
-        raise ValueError(
-            f"cannot read the budget {text!r}; write a fraction such as 0.78, or a "
-            "number with K, M, B, T for parameters, GB, GiB for bytes or s, ms for time"
-        ) from None
-    plain = not match[2]
-    if plain and number > 1 and not number.is_integer():
-        raise ValueError(f"the budget {text!r} is no fraction and no whole number")
-    kind = kind or MEANT[unit]
-    counted = kind.rpartition("_")[2]
-    if (
-        kind in KINDS
-        and counted != unit
-        and (not plain or number > 1 and counted == "seconds")
-    ):
-        unit = {"params": "parameters"}.get(unit, unit)
-        raise ValueError(f"the budget {text!r} is in {unit}, but its kind is {kind!r}")
-    return Budget(
-        target=number * factor,
-        kind=kind,
-        relative=plain and number <= 1,
-        precision=precision,
-        batch=batch,
-        length=length,
-        **latency,
-    )
-
-
 @functools.lru_cache(maxsize=256)
 def _terms(specs, uneven: frozenset[str], active: bool, block_bytes: int | None):
     """((dim, block), ...) -> how often this product occurs in `specs`, as pairs.
@@ -357,14 +223,15 @@ def _pairwise_sum(terms: list) -> Array:
     return terms[0]
 
 
-def _block_bytes(precision: str) -> int:
+def block_bytes_of(precision: str) -> int:
+    """Bytes of 16 values."""
     if precision not in BLOCK_BYTES:
         known = did_you_mean(precision, BLOCK_BYTES)
         raise ValueError(f"unknown precision {precision!r}{known}")
     return BLOCK_BYTES[precision]
 
 
-def _phase_problem(phase: str, new_tokens: Any) -> str | None:
+def phase_problem(phase: str, new_tokens: Any) -> str | None:
     """What is wrong with what a latency is to count, if anything is."""
     if phase not in LATENCIES:
         return f"unknown phase {phase!r}{did_you_mean(phase, LATENCIES)}"
@@ -373,7 +240,8 @@ def _phase_problem(phase: str, new_tokens: Any) -> str | None:
     return None
 
 
-def _at_least_one(name: str, value: Any) -> int:
+def at_least_one(name: str, value: Any) -> int:
+    """`value`, if it is an int from 1 on; else a ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     return value

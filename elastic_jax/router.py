@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from elastic_jax import nesting
 from elastic_jax.axes import AXES, Counts, blocks_with
+from elastic_jax.budget import Budget
 from elastic_jax.budgets import ZONE, Budgets, depth_choices, relative_targets
 from elastic_jax.config import ElasticConfig, ModelConfig
-from elastic_jax.cost import Budget, cost
+from elastic_jax.cost import cost
 from elastic_jax.masks import BudgetMasks, prefix_mask
 
 Choices = Mapping[str, Float[Array, "*block choices"]]

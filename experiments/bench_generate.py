@@ -260,10 +260,7 @@ def size(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def read_bytes(specs, cfg, counts) -> int:
-    """Bytes of weights that one token reads: of the embedding, one row."""
-    cost = ej.cost(specs, cfg, counts=counts)
-    embed = ej.slice_config(cfg, counts).embed
-    return 4 * (cost.active_params - (cfg.vocab - 1) * embed)
+    return ej.cost(specs, cfg, counts=counts).read_bytes("fp32")
 
 
 CUTS = {

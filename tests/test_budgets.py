@@ -8,9 +8,9 @@ import pytest
 
 from elastic_jax import budgets as module
 from elastic_jax import nesting, presets
+from elastic_jax.budget import Budget
 from elastic_jax.budgets import accept, feasible, not_nested, relative_targets
 from elastic_jax.config import ElasticConfig
-from elastic_jax.cost import Budget
 from elastic_jax.model import cache_specs, param_specs
 
 CFG = presets.tiny()

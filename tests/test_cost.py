@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import elastic_jax as ej
-from elastic_jax.cost import KINDS, Budget, parse_budget
+from elastic_jax.budget import KINDS, Budget, parse_budget
 from elastic_jax.latency_grid import ENDS, Grid, axes_of
 from elastic_jax.latency_table import FIXED, LatencyTable
 
@@ -102,6 +102,19 @@ def test_bytes_are_those_of_the_arrays(dtype):
     cost = ej.cost(SPECS, TINY, counts=counts)
     assert cost.weight_bytes(dtype) == held[0]
     assert cost.cache_bytes(CACHE, batch=3, length=7, precision=dtype) == held[1]
+
+
+def test_a_token_reads_one_row_of_the_embedding():
+    cfg = ej.presets.nemotron3_nano()
+    counts = ej.counts(cfg, embed=1920, expert_ffn=960)
+    for kept in (None, counts):
+        cost = ej.cost(ej.param_specs(cfg), cfg, counts=kept)
+        embed = (kept or {"embed": cfg.embed})["embed"]
+        rows = cost.active_params - (cfg.vocab - 1) * embed
+        assert cost.read_bytes("bf16") == 2 * rows
+    masks = ej.masks_from_counts(cfg, counts)
+    soft = ej.cost(ej.param_specs(cfg), cfg, masks=masks).read_bytes("bf16")
+    assert float(soft) == pytest.approx(2 * rows, rel=1e-6)
 
 
 def test_a_submodel_costs_the_same_from_either_side():

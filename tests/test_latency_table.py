@@ -15,7 +15,7 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax import budgets as zones
-from elastic_jax.cost import Budget, parse_budget
+from elastic_jax.budget import Budget, parse_budget
 from elastic_jax.latency_grid import ENDS, PHASES, Grid, axes_of
 from elastic_jax.latency_table import FIXED, LatencyTable
 

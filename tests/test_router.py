@@ -10,9 +10,10 @@ import pytest
 
 from elastic_jax import nesting, presets
 from elastic_jax.axes import AXES, blocks_with
+from elastic_jax.budget import Budget
 from elastic_jax.budgets import ZONE, accept, feasible, relative_targets
 from elastic_jax.config import ElasticConfig
-from elastic_jax.cost import Budget, cost
+from elastic_jax.cost import cost
 from elastic_jax.masks import masks_from_counts
 from elastic_jax.model import cache_specs, param_specs
 from elastic_jax.router import (
