@@ -9,7 +9,7 @@ import pytest
 import elastic_jax as ej
 from elastic_jax import exact, model
 
-ROWS, NEW = 8, 100
+ROWS, NEW = 8, 230  # some 20,000 tokens in all tests together
 RNG = np.random.default_rng(5)
 LENGTHS = RNG.integers(1, 41, ROWS)
 PROMPTS = RNG.integers(0, 97, (ROWS, 40))
@@ -58,7 +58,7 @@ def test_any_batch(run, want, rows):
     assert_same(out, want, chosen)
 
 
-@pytest.mark.parametrize("cut", [1, 37, 64])
+@pytest.mark.parametrize("cut", [1, 37, 150])
 def test_stopped_and_resumed(run, want, cut):
     """From the text alone: another prompt, another cache."""
     text = np.zeros((ROWS, 40 + cut), int)
@@ -87,7 +87,7 @@ def test_speculation(run, want, talker, k):
 def test_any_split_of_the_reading(talker, want):
     """A whole text in random pieces, every row in pieces of its own."""
     params, cfg = talker
-    text = np.zeros((8, 140), int)
+    text = np.zeros((8, 40 + NEW), int)
     for row, n in enumerate(LENGTHS):
         text[row, :n] = PROMPTS[row, :n]
         text[row, n : n + NEW] = want.tokens[row]
@@ -98,7 +98,7 @@ def test_any_split_of_the_reading(talker, want):
         return logits, exact.settle(params, cache, cfg, lengths=lengths)
 
     ends, rng = LENGTHS + NEW - 1, np.random.default_rng(2)
-    at, cache = np.zeros(8, int), model.init_cache(cfg, 8, 256)
+    at, cache = np.zeros(8, int), model.init_cache(cfg, 8, 512)
     while (at < ends).any():
         lengths = np.minimum(rng.integers(0, 17, 8), ends - at)
         piece = np.stack([np.resize(text[r, at[r] :], 16) for r in range(8)])
