@@ -9,7 +9,9 @@
 
 Every skill that a language model needs for it is separate: copying the next operation
 from the question, doing it, knowing when to stop, and remembering a code that can be
-computed from nothing. A line is three tokens and within the reach of a Mamba
+computed from nothing. With `code_values=2` the code is of the first and the last value
+together: modulus times as many codes, so that answers take more capacity than thoughts.
+A line is three tokens and within the reach of a Mamba
 convolution; the operations of a chain are all different, so that each line says where
 in the question it stands. Operands are never 0 and the modulus is prime: every step is
 reversible, so no step may be wrong and forgotten.
@@ -70,6 +72,7 @@ class ReasoningTask:
       min_steps, max_steps: operations of a chain, drawn uniformly. The last problem
         of a row is drawn among those that still fit.
       modulus: a prime; values are 0 .. modulus - 1.
+      code_values: 1, a code for every last value, or 2, for every first and last.
       context: tokens per row.
       seed: of the draw. Codes do not depend on it.
       split: "train", "calibration" or "evaluation". No problem is in two splits,
@@ -83,6 +86,7 @@ class ReasoningTask:
     min_steps: int = 2
     max_steps: int = 6
     modulus: int = 11
+    code_values: int = 1
     context: int = 128
     seed: int = 0
     split: str = "train"
@@ -162,10 +166,13 @@ class ReasoningTask:
 
     @functools.cached_property
     def codes(self) -> tuple[tuple[int, ...], ...]:
-        """The code of every value: random letters, all codes different."""
+        """The code of every value, or of first * modulus + last: all different.
+
+        Letters are random.
+        """
         first = len(self.vocabulary) - len(LETTERS)
-        base = len(LETTERS)
-        drawn = np.random.default_rng(0).permutation(base**CODE_LENGTH)[: self.modulus]
+        base, many = len(LETTERS), self.modulus**self.code_values
+        drawn = np.random.default_rng(0).permutation(base**CODE_LENGTH)[:many]
         digits = np.stack(np.unravel_index(drawn, (base,) * CODE_LENGTH), axis=1)
         return tuple(map(tuple, (digits + first).tolist()))
 
@@ -229,6 +236,7 @@ class ReasoningTask:
         value = (group - sum(map(operator.getitem, self._mixer, operations))) % p
 
         first_value, first_operation = len(SPECIAL), len(SPECIAL) + p
+        start = value
         prompt, thought = [first_value + value], []
         for operation in operations:
             value = self._results[operation][value]
@@ -237,7 +245,7 @@ class ReasoningTask:
         return Problem(
             prompt=(*prompt, THINK),
             thought=(*thought, END_THINK),
-            answer=self.codes[value],
+            answer=self.codes[value if self.code_values == 1 else start * p + value],
             steps=steps,
         )
 
@@ -316,6 +324,10 @@ def _problems(task: ReasoningTask) -> Iterator[str]:
     p = task.modulus
     if any(p % k == 0 for k in range(2, math.isqrt(p) + 1)):
         yield f"modulus: expected a prime, got {p}"
+    if type(task.code_values) is not int or task.code_values not in (1, 2):
+        yield f"code_values: expected 1 or 2, got {task.code_values!r}"
+    elif (codes := p**task.code_values) > (most := len(LETTERS) ** CODE_LENGTH):
+        yield f"modulus {p}: {codes} codes are needed, there are only {most}"
     if task.min_steps > task.max_steps:
         yield f"min_steps {task.min_steps} is above max_steps {task.max_steps}"
     if task.max_steps > 3 * (p - 1):

@@ -65,6 +65,18 @@ def test_codes_differ_and_depend_on_nothing_but_the_value():
     assert len(task.vocabulary) == len(set(task.vocabulary)) == 64
 
 
+def test_a_code_of_two_values_is_of_the_first_and_the_last():
+    task = ReasoningTask(code_values=2)
+    assert len(set(task.codes)) == 11**2
+    seen = {}
+    for problem in task.problems(500):
+        first, last = problem.prompt[0], problem.thought[-3]
+        assert seen.setdefault((first, last), problem.answer) == problem.answer
+    assert len(set(seen.values())) == len(seen) > 100
+    plain = ReasoningTask().problems(500)
+    assert [p.thought for p in task.problems(500)] == [p.thought for p in plain]
+
+
 def test_rows_are_whole_problems_and_targets_stay_inside_them():
     task = ReasoningTask(2, 6, context=96)
     for index in range(40):
