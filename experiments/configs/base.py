@@ -54,7 +54,7 @@ def get_config():
         source="reasoning", files=(), weights=(), tokenizer="", held_out=0.02
     )
     config.modulus = 11  # of the reasoning task
-    config.code_values = 1  # that its answers encode; 2 makes answers the harder part
+    config.code_values = 1  # that an answer encodes; more make answers the harder part
 
     # A Hugging Face directory to import; "" trains a toy of the sizes in `model`, which
     # an imported parent does not use.
