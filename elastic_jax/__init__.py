@@ -12,6 +12,7 @@ from elastic_jax import presets
 from elastic_jax.axes import AXES, Counts, ParamSpec
 from elastic_jax.config import ElasticConfig, ModelConfig
 from elastic_jax.cost import Budget, cost, parse_budget
+from elastic_jax.latency_table import LatencyTable
 from elastic_jax.masks import masks_from_counts
 from elastic_jax.model import (
     apply,
@@ -40,6 +41,8 @@ _ON_FIRST_USE = {
     "Router": "router",
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",
+    "measure_latency": "latency",
+    "measure_models": "latency",
     "generate": "generate",
     "think_and_answer": "budget_control",
     "from_hf": "huggingface",
@@ -51,6 +54,7 @@ __all__ = [
     "Budget",
     "Counts",
     "ElasticConfig",
+    "LatencyTable",
     "ModelConfig",
     "ParamSpec",
     "apply",

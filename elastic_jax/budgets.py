@@ -36,14 +36,19 @@ def relative_targets(
     names = [name for name, _ in budgets]
     if len(set(names)) < len(names):
         problems.append(f"two budgets share a name: {names}")
-    measured = {(b.kind, b.precision, b.batch, b.length) for _, b in budgets}
+    measured = {
+        (b.kind, b.precision, b.batch, b.length, b.latency, b.phase, b.new_tokens)
+        for _, b in budgets
+    }
     if len(measured) > 1:
         problems.append(
-            "budgets must share kind, precision, batch and length, got "
+            "budgets must share kind, precision, batch, length and latency, got "
             + " and ".join(map(str, sorted(measured, key=str)))
         )
     if any(b.kind == "memory_bytes" for _, b in budgets) and cache_specs is None:
         problems.append("memory_bytes budgets need cache_specs")
+    if any(b.kind == "latency_seconds" and b.latency is None for _, b in budgets):
+        problems.append("latency_seconds budgets need a latency table")
     targets = ()
     if not problems:
         full = cost(specs, cfg)

@@ -1,8 +1,9 @@
-"""What a submodel costs: parameters, active parameters, bytes of weights and of cache.
+"""What a submodel costs: parameters, active parameters, bytes, and measured seconds.
 
-Every cost is a sum over parameters of a product over named dimensions. A dimension's
-size is an integer where counts are given, so that the sum is exact, or the sum of its
-mask, so that the router's budget loss can be differentiated. No array is allocated.
+Every cost but the last is a sum over parameters of a product over named dimensions. A
+dimension's size is an integer where counts are given, so that the sum is exact, or the
+sum of its mask, so that the router's budget loss can be differentiated. No array is
+allocated. Seconds are read from a table at the same sizes.
 """
 
 import functools
@@ -19,25 +20,40 @@ from jaxtyping import Array
 
 from elastic_jax.axes import AXES, Counts, blocks_with, layers_with
 from elastic_jax.config import ModelConfig, did_you_mean
+from elastic_jax.latency_grid import PHASES
+from elastic_jax.latency_table import LatencyTable
 
 # Bytes of 16 stored values. NVFP4 packs 16 four-bit values and one scale byte.
 BLOCK_BYTES = {"fp32": 64, "bf16": 32, "fp16": 32, "fp8": 16, "nvfp4": 9}
 
-KINDS = ("active_params", "total_params", "weight_bytes", "memory_bytes")
+KINDS = (
+    *("active_params", "total_params", "weight_bytes", "memory_bytes"),
+    "latency_seconds",
+)
 
-# Units of a budget: how many, and whether they are bytes. "B" alone is billions.
-UNITS = {unit: (1000**i, False) for i, unit in enumerate(("", "K", "M", "B", "T"))}
-UNITS |= {f"{p}B": (1000**i, True) for i, p in enumerate("KMGT", 1)}
-UNITS |= {f"{p}iB": (1024**i, True) for i, p in enumerate("KMGT", 1)}
+# What a latency budget counts: one pass over the prompt, one token, or an answer.
+LATENCIES = (*PHASES, "answer")
 
-Number = int | Array
+# Units of a budget: how many, and of what. "B" alone is billions.
+UNITS = {unit: (1000**i, "params") for i, unit in enumerate(("", "K", "M", "B", "T"))}
+UNITS |= {f"{p}B": (1000**i, "bytes") for i, p in enumerate("KMGT", 1)}
+UNITS |= {f"{p}iB": (1024**i, "bytes") for i, p in enumerate("KMGT", 1)}
+UNITS |= {"s": (1, "seconds"), "ms": (1e-3, "seconds"), "us": (1e-6, "seconds")}
+MEANT = {
+    "params": "active_params",
+    "bytes": "memory_bytes",
+    "seconds": "latency_seconds",
+}
+
+Number = int | float | Array
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one submodel, made by `cost`.
 
-    Numbers are Python integers for counts, float32 scalars for masks.
+    Numbers are Python integers for counts (seconds are floats), float32 scalars for
+    masks.
     """
 
     specs: Any
@@ -70,6 +86,31 @@ class Cost:
         given |= {"length": _at_least_one("length", length)}
         block_bytes = _block_bytes(precision)
         return self._bytes(self._sum(cache_specs, block_bytes=block_bytes, **given))
+
+    def latency_seconds(
+        self,
+        table: LatencyTable,
+        *,
+        phase: str = "decode",
+        new_tokens: int | None = None,
+    ) -> Number:
+        """Seconds that `table` predicts, for its batch and lengths, on its device.
+
+        Args:
+          phase: `"prefill"` reads the prompt, `"decode"` is one token, and `"answer"`
+            the prompt and `new_tokens` tokens.
+
+        Raises:
+          ValueError: a table of another model, without the phase, or too narrow.
+        """
+        if problem := _phase_problem(phase, new_tokens):
+            raise ValueError(problem)
+        if phase == "answer":
+            once, each = (table.seconds(self.sizes, name) for name in PHASES)
+            seconds = once + new_tokens * each
+        else:
+            seconds = table.seconds(self.sizes, phase)
+        return float(seconds) if self.exact else self._number(seconds)
 
     def _sum(self, specs, *, active=False, block_bytes=None, **given: int) -> Number:
         """Summed products of sizes: elements, or 1/16 bytes with `block_bytes`."""
@@ -135,10 +176,14 @@ class Budget:
     """A target for the cost of a submodel.
 
     Attributes:
-      target: a fraction of the full model if `relative`, else parameters or bytes.
+      target: a fraction of the full model if `relative`, else parameters, bytes or
+        seconds.
       kind: what is counted; `memory_bytes` is weights and cache together.
       precision: of weights and cache, for the kinds in bytes.
       batch, length: rows and tokens of the cache, for `memory_bytes`.
+      latency: the table, for `latency_seconds`; a budget may be written down without,
+        but nothing can be measured by it.
+      phase, new_tokens: what is counted of it, as of `Cost.latency_seconds`.
     """
 
     target: float
@@ -147,6 +192,9 @@ class Budget:
     precision: str = "bf16"
     batch: int = 1
     length: int | None = None
+    latency: LatencyTable | None = None
+    phase: str = "decode"
+    new_tokens: int | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -162,9 +210,17 @@ class Budget:
                 raise ValueError("a memory_bytes budget needs length=, tokens of cache")
             _at_least_one("batch", self.batch)
             _at_least_one("length", self.length)
+        if problem := _phase_problem(self.phase, self.new_tokens):
+            raise ValueError(problem)
 
     def measure(self, cost: Cost, cache_specs) -> Number:
-        """What `cost` says of this budget's kind, in parameters or bytes."""
+        """What `cost` says of this budget's kind, in parameters, bytes or seconds."""
+        if self.kind == "latency_seconds":
+            if self.latency is None:
+                raise ValueError("a latency_seconds budget needs latency=, a table")
+            return cost.latency_seconds(
+                self.latency, phase=self.phase, new_tokens=self.new_tokens
+            )
         if self.kind == "active_params":
             return cost.active_params
         if self.kind == "total_params":
@@ -180,7 +236,7 @@ class Budget:
         )
 
     def absolute(self, specs, cache_specs, cfg: ModelConfig) -> float:
-        """The target in parameters or bytes, `cfg` being the full model."""
+        """The target in what is counted, `cfg` being the full model."""
         if not self.relative:
             return float(self.target)
         return self.target * self.measure(cost(specs, cfg), cache_specs)
@@ -198,27 +254,35 @@ def parse_budget(
     precision: str = "bf16",
     batch: int = 1,
     length: int | None = None,
+    **latency: Any,
 ) -> Budget:
-    """A budget from what a person writes: `0.78`, `"2.8B"`, `"12.4e9"`, `"24GiB"`.
+    """A budget from what a person writes: `0.78`, `"2.8B"`, `"24GiB"`, `"12ms"`.
 
     A plain number up to 1 is a fraction of the full model. `B` alone is billions of
-    parameters; bytes are written `GB` (10^9) or `GiB` (2^30). Without `kind`, bytes
-    mean `memory_bytes` and everything else `active_params`.
+    parameters; bytes are written `GB` (10^9) or `GiB` (2^30), seconds `s`, `ms` or
+    `us`. Without `kind`, bytes mean `memory_bytes`, seconds `latency_seconds` and
+    everything else `active_params`. `latency` are `latency`, `phase` and `new_tokens`
+    of a Budget.
     """
     match = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", str(text).strip())
     try:
-        number, (factor, in_bytes) = float(match[1]), UNITS[match[2]]
+        number, (factor, unit) = float(match[1]), UNITS[match[2]]
     except (TypeError, ValueError, KeyError):
         raise ValueError(
             f"cannot read the budget {text!r}; write a fraction such as 0.78, or a "
-            "number with K, M, B, T for parameters or GB, GiB for bytes"
+            "number with K, M, B, T for parameters, GB, GiB for bytes or s, ms for time"
         ) from None
     plain = not match[2]
     if plain and number > 1 and not number.is_integer():
         raise ValueError(f"the budget {text!r} is no fraction and no whole number")
-    kind = kind or ("memory_bytes" if in_bytes else "active_params")
-    if not plain and kind in KINDS and in_bytes != kind.endswith("_bytes"):
-        unit = "bytes" if in_bytes else "parameters"
+    kind = kind or MEANT[unit]
+    counted = kind.rpartition("_")[2]
+    if (
+        kind in KINDS
+        and counted != unit
+        and (not plain or number > 1 and counted == "seconds")
+    ):
+        unit = {"params": "parameters"}.get(unit, unit)
         raise ValueError(f"the budget {text!r} is in {unit}, but its kind is {kind!r}")
     return Budget(
         target=number * factor,
@@ -227,6 +291,7 @@ def parse_budget(
         precision=precision,
         batch=batch,
         length=length,
+        **latency,
     )
 
 
@@ -297,6 +362,15 @@ def _block_bytes(precision: str) -> int:
         known = did_you_mean(precision, BLOCK_BYTES)
         raise ValueError(f"unknown precision {precision!r}{known}")
     return BLOCK_BYTES[precision]
+
+
+def _phase_problem(phase: str, new_tokens: Any) -> str | None:
+    """What is wrong with what a latency is to count, if anything is."""
+    if phase not in LATENCIES:
+        return f"unknown phase {phase!r}{did_you_mean(phase, LATENCIES)}"
+    if phase == "answer" and (type(new_tokens) is not int or new_tokens < 1):
+        return f"phase 'answer' needs new_tokens=, at least 1, got {new_tokens!r}"
+    return None
 
 
 def _at_least_one(name: str, value: Any) -> int:

@@ -38,7 +38,7 @@ SLICES = (
 SHOWN = set(
     "title measure command date versions device smoke seconds parent budgets "
     "evaluation divergence orders importance never_routed router metrics "
-    "parent_metrics alarms".split()
+    "parent_metrics alarms latency".split()
 )
 
 
@@ -271,6 +271,31 @@ def router(results: Results, picture: str) -> list[str]:
     text = "```text\n" + "\n".join(lines) + "\n```"
     said = text if lines else "*The checks of the router were not recorded.*"
     return [*parts, picture, said]
+
+
+def latency(results: Results) -> list[str]:
+    """Seconds by the table against whole models, where budgets are of latency."""
+    found = results.get("latency")
+    if not found:
+        return []
+    kind = {
+        "prefill": "a prefill of {prompt} tokens",
+        "decode": "one token behind a cache for {prompt} + {new_tokens}",
+        "answer": "a prompt of {prompt} tokens and {new_tokens} more",
+    }[found["phase"]]
+    milliseconds = lambda x: f"{1e3 * x:.3g} ms"
+    columns = {
+        "budget": lambda row: row["name"],
+        "by the table": lambda row: milliseconds(row["predicted"]),
+        "measured": lambda row: milliseconds(row["measured"]),
+        "error": lambda row: f"{row['predicted'] / row['measured'] - 1:+.1%}",
+    }
+    what = f"{kind.format(**found)}, batch {found['batch']}, on {found['device']}"
+    said = (
+        f"Of {what}: the sum over blocks that the router learned from, and the slice "
+        "that the checkpoint restores, timed whole."
+    )
+    return ["## Latency", said, markdown_table(found["budgets"], columns)]
 
 
 def _kept(axis, count):

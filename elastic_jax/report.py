@@ -111,6 +111,7 @@ def write_report(directory: str | os.PathLike, results: Results) -> Path:
         *findings.quality(results, seen["budgets"]),
         *findings.against_random(results),
         *findings.router(results, seen["router"]),
+        *findings.latency(results),
         *findings.importance(results, seen["importance"], seen["orders"]),
         *findings.training(results, seen["losses"]),
         *findings.times(results),

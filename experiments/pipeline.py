@@ -2,6 +2,7 @@
 
     workdir/
       parent/        the parent's training run        scores.npz   calibration
+      latency.json   the table of latency budgets
       elastic/       nested training                  random-0/    the control runs
       checkpoint/    the nested checkpoint            results.json report.md *.png
       elastic-1/     the same with another seed       stages/      weights at stage ends
@@ -26,14 +27,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import elastic_jax as ej
-from elastic_jax import checkpoint, data, fit, objectives, saves, train
+from elastic_jax import checkpoint, data, fit, latency, objectives, saves, train
 from elastic_jax.axes import AXES, blocks_with
 from elastic_jax.distill import distillation_loss
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
+from elastic_jax.latency_grid import PHASES
 from elastic_jax.router import budget_input, make_router
 from experiments import parents
-from experiments.settings import Plan
+from experiments.settings import Plan, with_table
 from experiments.sources import stacked
 
 SNAPSHOTS = (50, 100)  # steps at which divergences are compared
@@ -186,6 +188,78 @@ def parent(
     return params, known | facts | {name: asked[name] for name in ("floor", "target")}
 
 
+def measured(plan: Plan, workdir: Workdir) -> Plan:
+    """The plan with a latency table: read back, or measured on a parent's sizes.
+
+    Raises:
+      ValueError: a table of other settings, or budgets that are impossible by it.
+    """
+    file, load = workdir.path / "latency.json", _load(plan)
+    if file.exists():
+        table = ej.LatencyTable.read(file)
+        if (here := latency.device_name()) != table.device:
+            console.print(
+                f"{file}: measured on {table.device}, and this is {here}: budgets are "
+                "seconds there"
+            )
+        if any(getattr(table, name) != n for name, n in load.items()):
+            raise ValueError(f"{file} is not of {load}: move it away to measure again")
+    else:
+        directory = plan.values["parent"]
+        params = parents.load(directory) if directory else _random_parent(plan)
+        repeats = plan.values["latency"]["repeats"]
+        with bar("latency", 1) as advance:
+            table = latency.measure_latency(
+                params,
+                plan.cfg,
+                plan.elastic,
+                **load,
+                phases=_phases(plan),
+                repeats=repeats,
+                on_compiled=lambda done, total: advance(done / total, "programs"),
+            )
+        table.save(file)
+    return with_table(plan, table)
+
+
+def whole_latency(plan: Plan, path: pathlib.Path, counts) -> dict[str, Any]:
+    """Every budget's latency as the table says, and as its slice really takes."""
+    opened, asked = ej.open_nested(path), plan.values["latency"]
+    models = {name: opened.restore(name) for name, _ in plan.budgets}
+    phases, once = _phases(plan), {"repeats": asked["repeats"], **_load(plan)}
+    found = latency.measure_models(models, phases=phases, **once)
+    per = {"prefill": 1, "decode": 1}
+    if asked["phase"] == "answer":
+        per["decode"] = asked["new_tokens"]
+    rows = []
+    for name, budget in plan.budgets:
+        cost = ej.cost(ej.param_specs(plan.cfg), plan.cfg, counts=counts[name])
+        predicted = budget.measure(cost, None)
+        took = sum(per[phase] * seconds for phase, seconds in found[name].items())
+        rows.append({"name": name, "predicted": predicted, "measured": took})
+        console.print(
+            f"{name}: {1e3 * predicted:.3f} ms by the table, {1e3 * took:.3f} measured"
+        )
+    return asked | {"device": latency.device_name(), "budgets": rows}
+
+
+def _phases(plan: Plan) -> tuple[str, ...]:
+    phase = plan.values["latency"]["phase"]
+    return PHASES if phase == "answer" else (phase,)
+
+
+def _load(plan: Plan) -> dict[str, int]:
+    """What a measured pass reads."""
+    asked = plan.values["latency"]
+    context = asked["prompt"] + asked["new_tokens"]
+    return {"batch": asked["batch"], "prompt": asked["prompt"], "context": context}
+
+
+def _random_parent(plan: Plan) -> Any:
+    key = jax.random.key(plan.values["seed"])
+    return jax.jit(ej.init_params, static_argnums=1)(key, plan.cfg)
+
+
 def companions(plan: Plan) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the checkpoint keeps for an export: fields of config.json, a tokenizer."""
     carried, files = parents.companions(plan.values["parent"])
@@ -215,9 +289,7 @@ def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool):
         "parent",
         (stage,),
         lambda stage, _: objectives.language_objective(plan.cfg, stage),
-        jax.jit(ej.init_params, static_argnums=1)(
-            jax.random.key(plan.values["seed"]), plan.cfg
-        ),
+        _random_parent(plan),
         weight_decay=values["weight_decay"],
         enough=enough,
         finish=finish,

@@ -26,7 +26,7 @@ from ml_collections import config_flags  # noqa: E402
 
 import elastic_jax as ej  # noqa: E402
 from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
-from elastic_jax.budgets import not_nested  # noqa: E402
+from elastic_jax.budgets import not_nested, relative_targets  # noqa: E402
 from elastic_jax.manifest import plain  # noqa: E402
 from experiments import control, pipeline, settings  # noqa: E402
 
@@ -70,6 +70,10 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         )
     workdir.write("identity.json", name)
 
+    by_latency = plan.values["budgets"]["kind"] == "latency_seconds"
+    if by_latency:
+        with workdir.phase("latency", "latency of every kind of block"):
+            plan = pipeline.measured(plan, workdir)
     for line in plan.feasible:
         console.print(line)
     with workdir.phase("parent", "parent"):
@@ -114,6 +118,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         )
     with workdir.phase("evaluate", "evaluation of restored slices"):
         budgets = _evaluated(plan, path, counts, nested)
+        latency = pipeline.whole_latency(plan, path, counts) if by_latency else None
     if plan.values["control"]["caps"]:
         with workdir.phase("control", "thinking and answering"):
             control.measure(plan, workdir, nested, allow_changes=allow)
@@ -166,6 +171,8 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         "parent_metrics": fit.MetricLog(workdir.path / "parent" / "metrics").rows(),
     }
     results["alarms"] = _alarms(results["metrics"])
+    if latency:
+        results["latency"] = latency
     workdir.write("results.json", results)
     _report(workdir, results)
     console.print(f"done: {workdir.path / 'report.md'}")
@@ -181,17 +188,18 @@ def _report(workdir, results) -> None:
 def _evaluated(plan, path, counts, nested) -> list[dict]:
     """One row per budget, from the slice that the checkpoint restores."""
     opened, rows, measure = ej.open_nested(path), [], plan.task.measure
-    specs = ej.param_specs(plan.cfg)
-    for name, budget in plan.budgets:
+    specs, caches = ej.param_specs(plan.cfg), ej.cache_specs(plan.cfg)
+    targets = relative_targets(plan.budgets, specs, plan.cfg, cache_specs=caches)
+    for (name, budget), target in zip(plan.budgets, targets, strict=True):
         kept = counts[name]
         small, cfg = opened.restore(name)
         untrained, _ = _sliced(plan, nested, kept)
         before = pipeline.evaluate(plan, untrained, cfg, nested)
         cost = ej.cost(specs, plan.cfg, counts=kept)
-        ratio = budget.ratio(specs, ej.cache_specs(plan.cfg), plan.cfg, counts=kept)
+        ratio = budget.ratio(specs, caches, plan.cfg, counts=kept)
         row = {
             "name": name,
-            "target": budget.target,
+            "target": target,
             "counts": {a: n for a, n in kept.items()},
             "active_params": cost.active_params,
             "total_params": cost.total_params,

@@ -5,6 +5,7 @@ values.
 """
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -122,19 +123,14 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
     parent_stage = attempt(lambda: _stage("parent", values["parent_training"]))
     stages = [attempt(lambda n=n, g=g: _stage(n, g)) for n, g in staged.items()]
     elastic = attempt(lambda: _elastic(values["elastic"]))
-    budgets = attempt(lambda: _budgets(values["budgets"]))
+    budgets = attempt(lambda: _budgets(values["budgets"], values["latency"]))
     if None not in stages and budgets is not None:
         attempt(lambda: check_stages(stages, len(budgets)))
         if stages and stages[0].router != "train":
             problems.append(f"stages: the first, {names[0]!r}, must train the router")
     feasible = None
     if None not in (cfg, elastic, budgets):
-        specs = ej.param_specs(cfg)
-        feasible = attempt(
-            lambda: budget_zone.feasible(
-                elastic, specs, cfg, budgets, cache_specs=ej.cache_specs(cfg)
-            )
-        )
+        feasible = attempt(lambda: _feasible(elastic, cfg, budgets))
     task = None
     if (source := values["data"]["source"]) in SOURCES:
         task = attempt(lambda: SOURCES[source](values, staged))
@@ -183,14 +179,41 @@ def _elastic(group: dict[str, Any]) -> ej.ElasticConfig:
     )
 
 
-def _budgets(group: dict[str, Any]) -> tuple[tuple[str, ej.Budget], ...]:
+def with_table(plan: Plan, table: ej.LatencyTable) -> Plan:
+    """The plan with budgets that are measured by `table`.
+
+    Raises:
+      ValueError: a table of another model, or budgets that are impossible by it.
+    """
+    table.check(plan.cfg, plan.elastic)
+    budgets = tuple(
+        (name, dataclasses.replace(budget, latency=table))
+        for name, budget in plan.budgets
+    )
+    elastic, lines = _feasible(plan.elastic, plan.cfg, budgets)
+    return dataclasses.replace(plan, elastic=elastic, budgets=budgets, feasible=lines)
+
+
+def _feasible(elastic: ej.ElasticConfig, cfg: ej.ModelConfig, budgets):
+    """What is offered, and lines for the log; latency is known once it is measured."""
+    if any(b.kind == "latency_seconds" and b.latency is None for _, b in budgets):
+        elastic.validate(cfg)
+        return elastic, ()
+    specs, cache_specs = ej.param_specs(cfg), ej.cache_specs(cfg)
+    return budget_zone.feasible(elastic, specs, cfg, budgets, cache_specs=cache_specs)
+
+
+def _budgets(
+    group: dict[str, Any], latency: dict[str, Any]
+) -> tuple[tuple[str, ej.Budget], ...]:
     names, targets = group["names"], group["targets"]
     if len(names) != len(targets) or not names:
         raise ValueError(f"budgets: {len(names)} names for {len(targets)} targets")
     if odd := [name for name in names if not isinstance(name, str) or not name]:
         raise ValueError(f"budgets.names: expected non-empty strings, got {odd}")
+    counted = {name: latency[name] for name in ("phase", "new_tokens")}
     return tuple(
-        (name, ej.parse_budget(target, kind=group["kind"]))
+        (name, ej.parse_budget(target, kind=group["kind"], **counted))
         for name, target in zip(names, targets, strict=True)
     )
 
@@ -212,6 +235,8 @@ def _odd_values(values, cfg, task) -> Iterator[str]:
         "orders.rows": values["orders"]["rows"],
         "orders.random": values["orders"]["random"],
     }
+    sizes = ("batch", "prompt", "new_tokens", "repeats")
+    positive |= {f"latency.{name}": values["latency"][name] for name in sizes}
     for name, n in positive.items():
         if n < 1:
             yield f"{name}: expected at least 1, got {n}"

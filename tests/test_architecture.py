@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # to its left.
 FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
-    ("masks", "nesting", "cost", "sharding"),
+    ("masks", "nesting", "latency_grid", "latency_table", "cost", "sharding"),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model", "exact"),
     (
@@ -49,13 +49,13 @@ FLOORS = (
     (
         *("elastic", "train", "objectives", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
-        *("convert", "request", "serving", "report", "control_report"),
+        *("convert", "request", "serving", "latency", "report", "control_report"),
     ),
     ("__main__",),
 )
 ALONE = {
     *("layers.attention", "layers.mlp", "layers.moe"),
-    *("convert", "report"),
+    *("convert", "latency", "report"),
 }
 
 DOORS = {

@@ -9,6 +9,8 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax.cost import KINDS, Budget, parse_budget
+from elastic_jax.latency_grid import ENDS, Grid, axes_of
+from elastic_jax.latency_table import FIXED, LatencyTable
 
 TINY = ej.presets.tiny(pattern="M-E*ME")
 SPECS, CACHE = ej.param_specs(TINY), ej.cache_specs(TINY)
@@ -239,10 +241,27 @@ def test_unreadable_budgets_are_refused(text, options, message):
         parse_budget(text, **options)
 
 
+def seconds_of_width():
+    """A latency table in which every block takes as long as it is wide."""
+
+    def grid(kind):
+        widths = (("embed", (48, 96)),)
+        widths += tuple((a, (1, getattr(TINY, a))) for a in axes_of(kind)[1:])
+        one = 2 ** (len(widths) - 1)
+        return Grid(kind, widths, (("decode", (48.0,) * one + (96.0,) * one),))
+
+    fixed = tuple((name, getattr(TINY, name)) for name in FIXED)
+    grids = tuple(map(grid, (*"M-E*", ENDS)))
+    about = "a thought", "today", "0", "float32", 1, 1, 1, (("decode", 1.0),)
+    return LatencyTable(*about, fixed, grids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ratio_is_one_on_target(kind):
     counts = ej.counts(TINY, **COUNTS)
     given = {"kind": kind, "precision": "fp8", "batch": 2, "length": 64}
+    if kind == "latency_seconds":
+        given["latency"] = seconds_of_width()
     size = Budget(0.5, **given).measure(ej.cost(SPECS, TINY, counts=counts), CACHE)
     full = Budget(0.5, **given).measure(ej.cost(SPECS, TINY), CACHE)
     assert size < full

@@ -50,6 +50,16 @@ def test_the_margin_is_the_difference():
     assert bits(2.1, 2.0)["margin"] == "0.100 (5.0%)"
 
 
+def test_latency_is_shown_with_its_error_where_budgets_are_of_it():
+    assert findings.latency(results()) == []
+    asked = {"phase": "answer", "batch": 2, "prompt": 16, "new_tokens": 8}
+    row = {"name": "mid", "predicted": 0.0011, "measured": 0.001}
+    found = {**asked, "device": "an abacus", "budgets": [row]}
+    text = "\n".join(findings.latency(results(latency=found)))
+    for said in ("16 tokens and 8 more, batch 2, on an abacus", "1.1 ms", "+10.0%"):
+        assert said in text
+
+
 def test_accuracy_within_the_sampling_error_is_no_win():
     assert answers(0.90, [0.88])["winner"] is None
     assert answers(0.90, [0.88], problems=50_000)["winner"] == "ours"

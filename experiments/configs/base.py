@@ -105,6 +105,12 @@ def get_config():
     config.budgets = config_dict.create(
         kind="active_params", names=("full", "mid", "small"), targets=(1.0, 0.78, 0.58)
     )
+    # With budgets.kind="latency_seconds", targets are shares of the parent's latency on
+    # this device, or "12ms". The table is measured once per workdir. `phase` is one
+    # "prefill" of the prompt, one token of "decode", or an "answer" of `new_tokens`.
+    config.latency = config_dict.create(
+        phase="answer", batch=1, prompt=64, new_tokens=64, repeats=5
+    )
     config.stages = config_dict.create(
         names=("short", "long"),
         short=stage(),

@@ -27,6 +27,7 @@ TESTED = {
     "uneven": Case(m=37, e=5, c=2, d=6, f=9),
     "idle_experts": Case(m=50, e=8, c=3, d=6, f=9, routed=3),
     "many_rows": Case(m=160, e=3, c=2, d=4, f=8),
+    "strips": Case(m=2, e=3, c=2, d=96, f=4096),  # of weights, where rows are few
 }
 
 TIMED = {
