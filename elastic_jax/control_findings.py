@@ -114,11 +114,14 @@ def _on_the_front(last, kind):
     mixed = [point for point in last if point.hand_over != OWN_CACHE]
     for name in dict.fromkeys(point.name for point in mixed):
         curve = [point for point in mixed if point.name == name]
-        yield f"{name}, at no more {words}, {_against_rivals(curve, last, kind)}."
+        yield (
+            f"Against the best single budget that is not clearly dearer in {words}, "
+            f"{name} is {_against_rivals(curve, last, kind)}."
+        )
 
 
 def _against_rivals(curve: Sequence[Point], last: Sequence[Point], kind: str) -> str:
-    """Where a pair wins against the best that one budget alone does as cheaply."""
+    """At which caps a pair wins against `rival`, and at which it does not."""
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "close": [], "free": []}
     for point in curve:
         other = rival(point, last, kind)
@@ -133,11 +136,8 @@ def _against_rivals(curve: Sequence[Point], last: Sequence[Point], kind: str) ->
         else:
             said = f"{point.cap} ({_change(more, half)}, over {other.name} at"
             found["ahead"].append(f"{said} {other.cap})")
-    if found["ahead"]:
-        start = "is ahead of the best that one budget does alone at caps "
-        texts = [start + listed(found["ahead"])]
-    else:
-        texts = ["is nowhere ahead of the best that one budget does alone"]
+    ahead = listed(found["ahead"]) if found["ahead"] else ""
+    texts = [f"ahead at caps {ahead}" if ahead else "nowhere ahead"]
     for where, words in (
         ("behind", "behind at"),
         ("close", "not clearly different at"),
@@ -182,6 +182,9 @@ def _how(results):
         "the active parameters of each submodel once per token that it processes, "
         "re-read ones too. Both are relative to L->L at the largest cap, seed by seed. "
         "A pair of one budget keeps its own cache, so L->L is plain capping of L. "
+        "What is read is padded to a power of two, which makes steps in the latency of "
+        "re-reading. The last columns are differences in points to the best single "
+        "budget that is not clearly dearer, seed by seed. "
         "± is half of a 95% interval: the larger of that between seeds (Student's t) "
         "and that between problems."
     )
@@ -201,8 +204,8 @@ def _table(last):
         "latency": lambda p: _relative(p.latency),
         "parameters x tokens": lambda p: _relative(p.work),
         "on the front": lambda p: _fronts(p, fronts),
-        "best alone at no more latency": lambda p: _alone(p, last, "latency"),
-        "at no more parameters x tokens": lambda p: _alone(p, last, "work"),
+        "against one budget as fast": lambda p: _alone(p, last, "latency"),
+        "with as little work": lambda p: _alone(p, last, "work"),
     }
     order = {name: i for i, name in enumerate(dict.fromkeys(p.name for p in last))}
     rows = sorted(last, key=lambda p: (order[p.name], p.cap))

@@ -153,8 +153,17 @@ def _beats(a: Point, b: Point, kind: str) -> bool:
 
 
 def rival(point: Point, each: Iterable[Point], kind: str) -> Point | None:
-    """The best that one budget alone does at no more cost; None where nothing is."""
-    alone = [
-        p for p in each if p.hand_over == OWN_CACHE and p.cost(kind) <= point.cost(kind)
-    ]
-    return max(alone, key=lambda p: (p.accuracy, -p.cost(kind)), default=None)
+    """The best that one budget alone does without being clearly dearer, if any.
+
+    Who costs a little more by chance still counts: a win over it is a win.
+    """
+    alone = (p for p in each if p.hand_over == OWN_CACHE)
+    as_cheap = [p for p in alone if not _clearly_dearer(p, point, kind)]
+    return max(as_cheap, key=lambda p: (p.accuracy, -p.cost(kind)), default=None)
+
+
+def _clearly_dearer(a: Point, b: Point, kind: str) -> bool:
+    """Whether `a` costs more, seed by seed, than chance between seeds explains."""
+    costs = zip(getattr(a, kind), getattr(b, kind), strict=True)
+    more = [x - y for x, y in costs]
+    return statistics.fmean(more) > (spread(more) or 0.0)

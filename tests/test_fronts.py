@@ -1,5 +1,6 @@
 """Fronts, rivals and intervals, against their definitions."""
 
+import dataclasses
 import math
 import random
 
@@ -51,7 +52,7 @@ def test_the_front_is_what_nothing_beats():
         assert costs == sorted(costs)
 
 
-def test_the_rival_is_the_best_alone_at_no_more_cost():
+def test_the_rival_is_the_best_alone_that_is_not_clearly_dearer():
     cheap, dear = point(0.6, 2), point(0.9, 5)
     mixed = point(0.8, 3, pair="S->L", hand_over="reprefill")
     better = point(0.95, 3, pair="S->L", hand_over="transplant")
@@ -59,6 +60,8 @@ def test_the_rival_is_the_best_alone_at_no_more_cost():
     assert fronts.rival(mixed, each, "latency") is cheap
     assert fronts.rival(point(0.8, 5, pair="S->L"), each, "latency") is dear
     assert fronts.rival(point(0.8, 1), each, "latency") is None
+    noisy = dataclasses.replace(dear, latency=(2.0, 5.0))  # 3.5 in the mean
+    assert fronts.rival(mixed, [cheap, noisy], "latency") is noisy
 
 
 def test_intervals_cover_the_larger_of_two_chances():
