@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic_jax.measures import DIVERGENCE, MEASURES, Measure
 from elastic_jax.tables import (
+    bullets,
     format_bytes,
     format_count,
     format_nats,
@@ -18,6 +19,7 @@ from elastic_jax.tables import (
     format_seconds,
     format_several,
     format_share,
+    listed,
     markdown_table,
 )
 
@@ -105,7 +107,7 @@ def head(results: Results) -> list[str]:
     parts.append(f"{made}, by" if command else f"{made}; the command is unknown.")
     if command:
         parts.append(f"```sh\n{command}\n```")
-    return [*parts, _bullets(_findings(results))]
+    return [*parts, bullets(_findings(results))]
 
 
 def _findings(results):
@@ -130,7 +132,7 @@ def _findings(results):
     yield _score(compare(results))
     alarms = (results.get("alarms") or {}).items()
     if alarms:
-        yield f"Alarms: {_and(f'`{cause}` {n} times' for cause, n in alarms)}."
+        yield f"Alarms: {listed(f'`{cause}` {n} times' for cause, n in alarms)}."
 
 
 def _parent(parent, judge):
@@ -198,7 +200,7 @@ def quality(results: Results, picture: str) -> list[str]:
         if all(budget.get(key) in (None, []) for budget in budgets)
     ]
     if missing:
-        parts.append(f"*Not measured: {_and(missing)}.*")
+        parts.append(f"*Not measured: {listed(missing)}.*")
     names = dict.fromkeys(name for b in budgets for name in b.get("parts") or {})
     if all(budget.get("parts") is None for budget in budgets):
         parts.append(f"*{heading} by {judge.parts} were not recorded.*")
@@ -220,7 +222,7 @@ def against_random(results: Results) -> list[str]:
     seeds, evaluation = max(len(r["random"]) for r in rows), results.get("evaluation")
     rules = (judge.rule(evaluation or {}) for judge in (measure(results), DIVERGENCE))
     parts.append(
-        f"Too close to call are differences up to {_and(rules)}. "
+        f"Too close to call are differences up to {listed(rules)}. "
         + (
             "The control was run with one seed: how seeds differ is not known."
             if seeds == 1
@@ -228,11 +230,11 @@ def against_random(results: Results) -> list[str]:
         )
     )
     measures = list(dict.fromkeys(row["measure"] for row in rows))
-    parts.append(_bullets(_winners(label, rows) for label in measures))
+    parts.append(bullets(_winners(label, rows) for label in measures))
     expected = measure(results).name, *EXPECTED
     missing = [label for label in expected if label not in measures]
     if missing:
-        parts.append(f"*Not measured on both sides: {_and(missing)}.*")
+        parts.append(f"*Not measured on both sides: {listed(missing)}.*")
     columns = {
         "budget": lambda row: row["budget"],
         "measure": lambda row: row["measure"],
@@ -253,7 +255,7 @@ def _winners(label, rows):
             found[f"{row['winner']} wins at"].append(by)
         elif row["measure"] == label:
             found["too close to call at"].append(f"`{row['budget']}`")
-    said = (f"{what} {_and(where)}" for what, where in found.items() if where)
+    said = (f"{what} {listed(where)}" for what, where in found.items() if where)
     return f"{label[0].upper()}{label[1:]}: {'; '.join(said)}."
 
 
@@ -315,7 +317,7 @@ def importance(results: Results, picture: str, orders_picture: str) -> list[str]
         parts.append("Every expert was reached by some token.")
     for block, experts in (unreached or {}).items():
         if experts:
-            names = _and(f"expert {expert}" for expert in experts)
+            names = listed(f"expert {expert}" for expert in experts)
             parts.append(f"Block {block}: no token reached {names}.")
     parts += ["### Untrained slices, one axis at a time", orders_picture]
     orders = results.get("orders")
@@ -327,8 +329,8 @@ def importance(results: Results, picture: str, orders_picture: str) -> list[str]
         where = BELOW_MEAN if below else NOT_BELOW
         where = BELOW_ALL if _beaten(row) == len(row["random"]) else where
         found[where].append(f"`{order_name(row)}`")
-    said = (f"{what}: {_and(names)}." for what, names in found.items() if names)
-    parts.append(_bullets(said))
+    said = (f"{what}: {listed(names)}." for what, names in found.items() if names)
+    parts.append(bullets(said))
     columns = {
         "axis": order_name,
         "kept": lambda row: f"{row['kept']} of {row['full']}",
@@ -380,14 +382,5 @@ def times(results: Results) -> list[str]:
     parts = ["## Where the time went", table if seconds else "*Not recorded.*"]
     unknown = sorted(set(results) - SHOWN)
     if unknown:
-        parts.append(f"Not shown here, in the results only: {_and(unknown)}.")
+        parts.append(f"Not shown here, in the results only: {listed(unknown)}.")
     return parts
-
-
-def _bullets(lines):
-    return "\n".join(f"* {line}" for line in lines)
-
-
-def _and(words):
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last

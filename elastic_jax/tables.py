@@ -69,6 +69,17 @@ def format_several(values: Sequence[float] | None, form: Callable) -> str:
     return text
 
 
+def listed(words: Iterable[str]) -> str:
+    """Words as a list, at least one: a, b and c."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"* {line}" for line in lines)
+
+
 def markdown_table(
     rows: Iterable[Any], columns: Mapping[str, Callable[[Any], Any]]
 ) -> str:

@@ -5,6 +5,8 @@
       latency.json   the table of latency budgets
       elastic/       nested training                  random-0/    the control runs
       checkpoint/    the nested checkpoint            results.json report.md *.png
+      elastic-1/     the same with another seed       stages/      weights at stage ends
+      control.json   thinking and answering           budget_control.md
 
 A phase that is complete is read back, not run again.
 """
@@ -147,7 +149,8 @@ def run_stages(
 
 def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
-    values = {k: v for k, v in plan.values.items() if k not in ("controls", "stages")}
+    apart = ("controls", "control", "stages")
+    values = {k: v for k, v in plan.values.items() if k not in apart}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
     digests = {stage.name: plan.task.data[stage.name].digest() for stage in stages}
     whole = {
@@ -430,9 +433,13 @@ def elastic_training(
     teacher: Any,
     *,
     counts: Mapping[str, ej.Counts] | None = None,
+    keep_stages: bool = False,
     allow_changes: bool = False,
 ) -> tuple[train.TrainState, dict[str, ej.Counts], Elastic]:
-    """Distils all budgets at once; learns their counts unless they are given."""
+    """Distils all budgets at once; learns their counts unless they are given.
+
+    With `keep_stages` the weights at the end of every stage stay in the workdir.
+    """
     seed = plan.values["seed"]
     router = make_router(plan.cfg, plan.elastic, len(plan.budgets))
     elastic = Elastic(
@@ -467,10 +474,16 @@ def elastic_training(
         return objectives.sliced_objective(elastic, stage, settled(facts))
 
     def finish(stage, state, facts):
+        learned = {}
         if stage.router == "train":
             kept = settled_counts(elastic, state.router)
-            return {"counts": {name: dict(c) for name, c in kept.items()}}
-        return {}
+            learned = {"counts": {name: dict(c) for name, c in kept.items()}}
+        if keep_stages:
+            path, kept = stage_end(workdir, name, stage.name), settled(facts | learned)
+            checkpoint.save_nested(
+                path, state.params, plan.cfg, budgets=kept, overwrite=True
+            )
+        return learned
 
     def snapshot(stage, done, state, row):
         step = int(state.step)
@@ -491,6 +504,11 @@ def elastic_training(
         allow_changes=allow_changes,
     )
     return state, settled(facts), elastic
+
+
+def stage_end(workdir: Workdir, name: str, stage: str) -> pathlib.Path:
+    """Where the weights of a training run at the end of a stage are kept."""
+    return workdir.path / "stages" / f"{name}-{stage}"
 
 
 def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:

@@ -27,7 +27,11 @@ from ml_collections import config_flags  # noqa: E402
 import elastic_jax as ej  # noqa: E402
 from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
 from elastic_jax.budgets import not_nested, relative_targets  # noqa: E402
-from experiments import pipeline, settings  # noqa: E402
+from elastic_jax.manifest import plain  # noqa: E402
+from experiments import control, pipeline, settings  # noqa: E402
+
+# What may change between runs in one workdir: measurements, and no weights they are of.
+MEASURED = ("controls", "control")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment's file")
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is kept")
@@ -49,14 +53,16 @@ def main(_) -> None:
 def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> None:
     """Parent, scores, nested training, checkpoint, evaluation, controls, report."""
     console = pipeline.console
-    name = pipeline.identity(plan, plan.stages) | {"controls": plan.values["controls"]}
+    name = pipeline.identity(plan, plan.stages)
+    name |= {key: plan.values[key] for key in MEASURED}
+    name = plain(name, "identity")
     done, began = workdir.read("results.json"), workdir.read("identity.json")
     if done is not None and done["identity"] == name:
         _report(workdir, done)
         console.print(f"complete: {workdir.path / 'report.md'}")
         return
     changed = fit.differences(began, name) if began is not None else []
-    if not allow and any(not line.startswith("controls") for line in changed):
+    if not allow and any(not line.startswith(MEASURED) for line in changed):
         raise ValueError(
             f"{workdir.path} holds a run of another configuration:\n  "
             + "\n  ".join(changed)
@@ -83,7 +89,12 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
             workdir.write("orders.json", orders)
     with workdir.phase("elastic", "elastic training"):
         state, counts, elastic = pipeline.elastic_training(
-            plan, workdir, "elastic", nested, allow_changes=allow
+            plan,
+            workdir,
+            "elastic",
+            nested,
+            keep_stages=bool(plan.values["control"]["caps"]),
+            allow_changes=allow,
         )
     path = workdir.path / "checkpoint"
     with workdir.phase("checkpoint", "nested checkpoint"):
@@ -108,6 +119,9 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     with workdir.phase("evaluate", "evaluation of restored slices"):
         budgets = _evaluated(plan, path, counts, nested)
         latency = pipeline.whole_latency(plan, path, counts) if by_latency else None
+    if plan.values["control"]["caps"]:
+        with workdir.phase("control", "thinking and answering"):
+            control.measure(plan, workdir, nested, allow_changes=allow)
     divergence = {
         "main": pipeline.divergences(
             plan, workdir, "elastic", nested, state.params, counts
@@ -120,14 +134,14 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
             shuffled = ej.permute_params(
                 params, specs, pipeline.random_ranks(scores, seed)
             )
-            control, _, _ = pipeline.elastic_training(
+            trained, _, _ = pipeline.elastic_training(
                 plan, workdir, arm, shuffled, counts=counts, allow_changes=allow
             )
             divergence[arm] = pipeline.divergences(
-                plan, workdir, arm, shuffled, control.params, counts
+                plan, workdir, arm, shuffled, trained.params, counts
             )
             for row in budgets:
-                small, cfg = _sliced(plan, control.params, counts[row["name"]])
+                small, cfg = _sliced(plan, trained.params, counts[row["name"]])
                 row["random_values"].append(plan.task.evaluate(small, cfg)["value"])
     results = {
         "identity": name,
@@ -167,6 +181,8 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
 def _report(workdir, results) -> None:
     shown = {name: value for name, value in results.items() if name != "identity"}
     report.write_report(workdir.path, shown)
+    if results["identity"]["control"]["caps"]:
+        control.report(workdir)
 
 
 def _evaluated(plan, path, counts, nested) -> list[dict]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import elastic_jax as ej
 from elastic_jax import budgets as budget_zone
+from elastic_jax.budget_control import HAND_OVERS
 from elastic_jax.curriculum import Stage, check_stages
 from experiments import parents
 from experiments.sources import SOURCES, Task
@@ -136,6 +137,8 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
     else:
         problems.append(f"data.source {source!r}{_did_you_mean(source, SOURCES)}")
     problems += _odd_values(values, cfg, task)
+    if values["control"]["caps"]:
+        problems += _odd_control(values)
     if problems:
         raise InvalidConfig(problems)
     return Plan(
@@ -256,6 +259,39 @@ def _odd_values(values, cfg, task) -> Iterator[str]:
     if cfg is not None and task is not None and cfg.vocab < task.vocab:
         whose = values["parent"] or "model"
         yield f"{whose}.vocab {cfg.vocab}: the data need {task.vocab} tokens"
+
+
+def _odd_control(values) -> Iterator[str]:
+    """What keeps pairs of budgets from being measured."""
+    group, named = values["control"], values["budgets"]["names"]
+    if (source := values["data"]["source"]) != "reasoning":
+        yield f"control.caps: thoughts need data.source='reasoning', got {source!r}"
+    caps = group["caps"]
+    if any(type(n) is not int or n < 1 for n in caps) or len(set(caps)) < len(caps):
+        yield f"control.caps: expected different ints from 1 on, got {caps}"
+    pair = group["budgets"]
+    if len(pair) != 2 or len({*pair} & {*named}) != 2:
+        hints = (_did_you_mean(name, named) for name in pair if name not in named)
+        yield (
+            f"control.budgets: expected two of {named}, large and small, got {pair}"
+            f"{next(hints, '')}"
+        )
+    elif list(named).index(pair[0]) > list(named).index(pair[1]):
+        yield f"control.budgets: expected the larger one first, got {pair}"
+    for name, known in (
+        ("hand_overs", HAND_OVERS),
+        ("stages", values["stages"]["names"]),
+    ):
+        given = group[name]
+        if not given or tuple(n for n in known if n in given) != tuple(given):
+            yield (
+                f"control.{name}: expected some of {tuple(known)}, in this order, got "
+                f"{given}"
+            )
+    least = {"seeds": 1, "problems": 2, "repeats": 1, "grace": 0, "max_answer": 1}
+    for name, n in least.items():
+        if group[name] < n:
+            yield f"control.{name}: expected at least {n}, got {group[name]}"
 
 
 def _load(path: str | None, problems: list[str]) -> ConfigDict | None:

@@ -71,6 +71,7 @@ def reasoning(values: Mapping[str, Any], stages: Groups) -> Task:
             max_steps=group["max_steps"],
             context=group["context"],
             modulus=values["modulus"],
+            code_values=values["code_values"],
             seed=values["seed"],
             split=part,
         )

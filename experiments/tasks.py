@@ -9,7 +9,9 @@
 
 Every skill that a language model needs for it is separate: copying the next operation
 from the question, doing it, knowing when to stop, and remembering a code that can be
-computed from nothing. A line is three tokens and within the reach of a Mamba
+computed from nothing. With more `code_values` a code is of several values together:
+there are modulus times as many codes for each, and answers become the harder part. A
+line is three tokens and within the reach of a Mamba
 convolution; the operations of a chain are all different, so that each line says where
 in the question it stands. Operands are never 0 and the modulus is prime: every step is
 reversible, so no step may be wrong and forgotten.
@@ -70,6 +72,8 @@ class ReasoningTask:
       min_steps, max_steps: operations of a chain, drawn uniformly. The last problem
         of a row is drawn among those that still fit.
       modulus: a prime; values are 0 .. modulus - 1.
+      code_values: how many values a code is of: the last, before it the first ones,
+        the start value being the very first.
       context: tokens per row.
       seed: of the draw. Codes do not depend on it.
       split: "train", "calibration" or "evaluation". No problem is in two splits,
@@ -83,6 +87,7 @@ class ReasoningTask:
     min_steps: int = 2
     max_steps: int = 6
     modulus: int = 11
+    code_values: int = 1
     context: int = 128
     seed: int = 0
     split: str = "train"
@@ -162,10 +167,13 @@ class ReasoningTask:
 
     @functools.cached_property
     def codes(self) -> tuple[tuple[int, ...], ...]:
-        """The code of every value: random letters, all codes different."""
+        """The code of every combination of values: random letters, all different.
+
+        The values are the digits of the index, the last value the lowest.
+        """
         first = len(self.vocabulary) - len(LETTERS)
-        base = len(LETTERS)
-        drawn = np.random.default_rng(0).permutation(base**CODE_LENGTH)[: self.modulus]
+        base, many = len(LETTERS), self.modulus**self.code_values
+        drawn = np.random.default_rng(0).permutation(base**CODE_LENGTH)[:many]
         digits = np.stack(np.unravel_index(drawn, (base,) * CODE_LENGTH), axis=1)
         return tuple(map(tuple, (digits + first).tolist()))
 
@@ -229,17 +237,24 @@ class ReasoningTask:
         value = (group - sum(map(operator.getitem, self._mixer, operations))) % p
 
         first_value, first_operation = len(SPECIAL), len(SPECIAL) + p
+        values = [value]
         prompt, thought = [first_value + value], []
         for operation in operations:
             value = self._results[operation][value]
+            values.append(value)
             prompt.append(first_operation + operation)
             thought += [first_operation + operation, first_value + value, NEWLINE]
         return Problem(
             prompt=(*prompt, THINK),
             thought=(*thought, END_THINK),
-            answer=self.codes[value],
+            answer=self.codes[self._code(values)],
             steps=steps,
         )
+
+    def _code(self, values: list[int]) -> int:
+        """Which code stands for a chain's values."""
+        chosen = [*values[: self.code_values - 1], values[-1]]
+        return functools.reduce(lambda code, v: code * self.modulus + v, chosen)
 
     @functools.cached_property
     def _results(self) -> list[list[int]]:
@@ -301,7 +316,7 @@ def _longest_within(room: int) -> int:
 def _problems(task: ReasoningTask) -> Iterator[str]:
     """Yields every reason why `task` cannot be drawn."""
     ints = {"min_steps": 1, "max_steps": 1, "modulus": 3, "context": 1, "rows": 1}
-    ints["seed"] = 0
+    ints |= {"seed": 0, "code_values": 1}
     wrong = [
         name
         for name, least in ints.items()
@@ -316,6 +331,12 @@ def _problems(task: ReasoningTask) -> Iterator[str]:
     p = task.modulus
     if any(p % k == 0 for k in range(2, math.isqrt(p) + 1)):
         yield f"modulus: expected a prime, got {p}"
+    codes, most = p**task.code_values, len(LETTERS) ** CODE_LENGTH
+    if codes > most:
+        yield (
+            f"code_values {task.code_values}: modulus {p} needs {codes} codes, there "
+            f"are only {most}"
+        )
     if task.min_steps > task.max_steps:
         yield f"min_steps {task.min_steps} is above max_steps {task.max_steps}"
     if task.max_steps > 3 * (p - 1):

@@ -66,6 +66,12 @@ def text_workdir(tmp_path_factory, smoke_run) -> pathlib.Path:
     return _shared(tmp_path_factory, smoke_run, "text")
 
 
+@pytest.fixture(scope="session")
+def control_workdir(tmp_path_factory, smoke_run) -> pathlib.Path:
+    """The same of the experiment on budget control."""
+    return _shared(tmp_path_factory, smoke_run, "budget_control")
+
+
 def _shared(tmp_path_factory, smoke_run, config: str) -> pathlib.Path:
     """The workdir of a run that the first who asks makes."""
     shared = tmp_path_factory.getbasetemp()

@@ -44,11 +44,12 @@ FLOORS = (
         "tables",
         "measures",
         "findings",
+        *("fronts", "control_findings"),
     ),
     (
         *("elastic", "train", "objectives", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
-        *("convert", "request", "serving", "latency", "report"),
+        *("convert", "request", "serving", "latency", "report", "control_report"),
     ),
     ("__main__",),
 )
@@ -66,7 +67,7 @@ DOORS = {
     "tokenizers": {"tokenizer"},
     "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "control_report"},
     "rich": {"__main__"},
     "torch": set(),
     "triton": set(),

@@ -54,6 +54,7 @@ def get_config():
         source="reasoning", files=(), weights=(), tokenizer="", held_out=0.02
     )
     config.modulus = 11  # of the reasoning task
+    config.code_values = 1  # that an answer encodes; more make answers the harder part
 
     # A Hugging Face directory to import; "" trains a toy of the sizes in `model`, which
     # an imported parent does not use.
@@ -124,6 +125,22 @@ def get_config():
     # `examples` are problems to answer, or rows of held-out text to read.
     config.evaluation = config_dict.create(
         examples=512, min_steps=2, max_steps=8, context=128
+    )
+    # One of `budgets`, large and small, thinks and one answers: exact answers against
+    # measured seconds, for thoughts of at most `caps` tokens, and `grace` more to end a
+    # line. No caps, no measurement. Weights are those at the end of `stages`; seconds
+    # are taken, as the median of `repeats`, with the last. Every seed but the first
+    # trains all stages anew.
+    config.control = config_dict.create(
+        caps=(),
+        budgets=("full", "small"),
+        hand_overs=("reprefill", "transplant"),
+        stages=("long",),
+        seeds=1,
+        problems=256,
+        repeats=3,
+        grace=3,
+        max_answer=6,
     )
     config.controls = "one"
     config.when_smoke = config_dict.ConfigDict()

@@ -11,6 +11,7 @@ from experiments import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "experiments" / "configs" / "tiny.py"
+CONTROL = TINY.with_name("budget_control.py")
 
 # What is wrong -> what its message must say.
 MISTAKES = {
@@ -59,7 +60,32 @@ MISTAKES = {
     "--config.data.files=('a.txt',)": ["data.files", "needs data.source='files'"],
     "--config.data.weights=(1.0,-1.0)": ["data.weights", "positive", "[-1.0]"],
     "--config.model.vocab=63": ["model.vocab 63", "the data need 64 tokens"],
+    "--config.code_values=4": ["code_values 4", "14641 codes", "5832"],
     "workdir": ["'workdir'", "--name=value"],
+}
+
+# The same where pairs of budgets are measured.
+CONTROL_MISTAKES = {
+    "--config.control.caps=(0,12)": ["control.caps", "ints from 1 on", "(0, 12)"],
+    "--config.control.caps=(12,12)": ["control.caps", "different ints"],
+    "--config.control.budgets=('full','smal')": [
+        "control.budgets",
+        "two of ('full', 'small')",
+        "did you mean 'small'",
+    ],
+    "--config.control.budgets=('full','full')": ["control.budgets", "expected two"],
+    "--config.control.budgets=('full',)": ["control.budgets", "expected two"],
+    "--config.control.budgets=('small','full')": ["control.budgets", "larger"],
+    "--config.control.hand_overs=('teleport',)": ["control.hand_overs", "transplant"],
+    "--config.control.hand_overs=()": ["control.hand_overs", "reprefill"],
+    "--config.control.stages=('mixed','long')": ["control.stages", "in this order"],
+    "--config.control.stages=('last',)": ["control.stages", "'mixed'", "('last',)"],
+    "--config.control.seeds=0": ["control.seeds", "at least 1, got 0"],
+    "--config.control.problems=1": ["control.problems", "at least 2, got 1"],
+    "--config.control.repeats=0": ["control.repeats", "at least 1, got 0"],
+    "--config.control.grace=-1": ["control.grace", "at least 0, got -1"],
+    "--config.control.max_answer=0": ["control.max_answer", "at least 1, got 0"],
+    "--config.data.source=files": ["control.caps", "'reasoning', got 'files'"],
 }
 
 
@@ -86,6 +112,19 @@ def test_each_mistake_is_named(argument, tmp_path):
     for words in MISTAKES[argument]:
         assert words in message
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("argument", CONTROL_MISTAKES)
+def test_each_mistake_about_pairs_is_named(argument, tmp_path):
+    message = refused(f"--config={CONTROL}", f"--workdir={tmp_path}", argument)
+    for words in CONTROL_MISTAKES[argument]:
+        assert words in message
+
+
+def test_without_caps_nothing_is_asked_of_pairs(tmp_path):
+    settings.check_command_line(
+        [f"--config={TINY}", f"--workdir={tmp_path}", "--config.control.seeds=0"]
+    )
 
 
 def test_mistakes_of_every_kind_come_together_and_nothing_is_written(tmp_path):

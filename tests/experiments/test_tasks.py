@@ -65,6 +65,20 @@ def test_codes_differ_and_depend_on_nothing_but_the_value():
     assert len(task.vocabulary) == len(set(task.vocabulary)) == 64
 
 
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_a_code_is_of_the_first_values_and_the_last(many):
+    task = ReasoningTask(modulus=5, code_values=many)
+    assert len(set(task.codes)) == len(task.codes) == 5**many
+    seen = {}
+    for problem in task.problems(800):
+        values = [problem.prompt[0], *problem.thought[1::3]]
+        key = (*values[: many - 1], values[-1])
+        assert seen.setdefault(key, problem.answer) == problem.answer
+    assert len(set(seen.values())) == len(seen) > 0.9 * 5**many
+    plain = ReasoningTask(modulus=5).problems(800)
+    assert [p.thought for p in task.problems(800)] == [p.thought for p in plain]
+
+
 def test_rows_are_whole_problems_and_targets_stay_inside_them():
     task = ReasoningTask(2, 6, context=96)
     for index in range(40):
