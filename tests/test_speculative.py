@@ -11,6 +11,7 @@ import elastic_jax as ej
 from elastic_jax import model
 
 NEW, K = 40, 3
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 RNG = np.random.default_rng(3)
 LENGTHS = np.array([9, 1, 5, 12])
 PROMPTS = RNG.integers(0, 97, (4, 12))
@@ -131,35 +132,39 @@ def test_thoughts_and_answers_are_drafted_too(talker, small):
         "temperature": 0.8,
         "seeds": np.arange(4),
     }
+    run = functools.partial(ej.think_and_answer, params, PROMPTS, cfg, **given)
     for hand_over in ("reprefill", "transplant"):
-        out, want = (
-            ej.think_and_answer(
-                params, PROMPTS, cfg, hand_over=hand_over, draft=draft, **given
-            )
-            for draft in (small, None)
-        )
+        want = run(hand_over=hand_over)
+        out = run(hand_over=hand_over, draft=small, draft_tokens=K)
         for name in ("thoughts", "answers", "capped", "thought_lengths"):
             np.testing.assert_array_equal(getattr(out, name), getattr(want, name))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_what_is_taken_back_leaves_no_trace(talker, seed):
+@functools.partial(jax.jit, static_argnames=("cfg", "tentative"))
+def extend(params, tokens, cache, lengths, cfg, tentative=False):
+    return ej.extend(params, tokens, cache, cfg, lengths=lengths, tentative=tentative)
+
+
+def test_what_is_taken_back_leaves_no_trace(talker):
     """Reading tentatively and keeping n tokens is reading n tokens."""
     params, cfg = talker
-    rng = np.random.default_rng(seed)
-    text = jnp.asarray(rng.integers(0, 97, (3, 6)))
-    _, cache = ej.extend(params, text, ej.init_cache(cfg, 3, 32), cfg)
-    ahead = jnp.asarray(rng.integers(0, 97, (3, 5)))
-    kept = jnp.asarray(rng.integers(0, 6, 3))
-    want, after = ej.extend(params, ahead, cache, cfg, lengths=kept)
-    got, held = ej.extend(params, ahead, cache, cfg, tentative=True)
-    settled = model.settle(params, held, cfg, lengths=kept)
-    for row, n in enumerate(kept.tolist()):
-        np.testing.assert_allclose(got[row, :n], want[row, :n], rtol=1e-5, atol=1e-5)
-    more = jnp.asarray(rng.integers(0, 97, (3, 4)))
-    a, b = (ej.extend(params, more, c, cfg)[0] for c in (settled, after))
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    for name in ("conv_x", "conv_B", "conv_C", "state"):
-        a, b = (c["layers"][0][name] for c in (settled, after))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert jax.tree.structure(settled) == jax.tree.structure(after)
+    settle = jax.jit(functools.partial(model.settle, cfg=cfg))
+    draw = lambda rng: jnp.asarray(rng.integers(0, 97, (3, 5)))
+    every = jnp.full(3, 5)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        empty = ej.init_cache(cfg, 3, 32)
+        _, cache = extend(params, draw(rng), empty, every, cfg)
+        ahead, kept = draw(rng), jnp.asarray(rng.integers(0, 6, 3))
+        want, after = extend(params, ahead, cache, kept, cfg)
+        got, held = extend(params, ahead, cache, every, cfg, tentative=True)
+        settled = settle(params, held, lengths=kept)
+        assert jax.tree.structure(settled) == jax.tree.structure(after)
+        for row, n in enumerate(kept.tolist()):
+            np.testing.assert_allclose(got[row, :n], want[row, :n], **CLOSE)
+        more = draw(rng)
+        a, b = (extend(params, more, c, every, cfg)[0] for c in (settled, after))
+        np.testing.assert_allclose(a, b, **CLOSE)
+        for name in ("conv_x", "conv_B", "conv_C", "state"):
+            a, b = (c["layers"][0][name] for c in (settled, after))
+            np.testing.assert_allclose(a, b, **CLOSE)
