@@ -111,10 +111,24 @@ def plain_nvfp4(w, scale):
     return (numbers * whole).reshape(w.shape), scales[:, 0]
 
 
+def near_ties(*shape):
+    """Few bits each, so that quotients by a scale often lie at a bound or beside it."""
+    numbers = np.random.default_rng(5).integers(-24, 25, shape)
+    return jnp.asarray(numbers * np.float32(0.0375))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_scales_are_divided_and_not_multiplied_by_a_reciprocal(wrap):
+    largest = np.abs(np.asarray(drawn(64)))
+    for format, most in (("fp8", 448), ("nvfp4", 2688)):
+        got = wrap(lambda a, f=format: tensor_scale(a, f))(largest)
+        assert np.array_equal(got, largest / np.float32(most))
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_nvfp4_is_the_formula_in_numpy(wrap):
     w = drawn(64, 24) * np.exp(4 * np.asarray(drawn(64, 24, seed=1)))
-    w = jnp.asarray(w).at[16:32, 3].set(0)
+    w = jnp.asarray(w).at[16:32, 3].set(0).at[32:].set(near_ties(32, 24))
     q = wrap(lambda w: packed(w, "nvfp4"))(w)
     scale = np.abs(w).max() / np.float32(2688)
     assert np.asarray(q.scale) == scale
@@ -129,7 +143,7 @@ def test_nvfp4_is_the_formula_in_numpy(wrap):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_fp8_is_the_formula_in_numpy(wrap):
-    w = drawn(30, 7)
+    w = jnp.concatenate([drawn(30, 7), near_ties(30, 7)])
     q = wrap(lambda w: packed(w, "fp8"))(w)
     scale = np.abs(w).max() / np.float32(448)
     want = (np.asarray(w) / scale).astype(ml_dtypes.float8_e4m3fn)
@@ -222,8 +236,12 @@ def test_a_quiet_block_beside_a_loud_one():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(format, bad):
-    q = packed(jnp.ones((32, 2)).at[3, 1].set(bad), format)
-    assert not np.all(np.isfinite(dequantize(q)))
+    w = drawn(64, 96).at[3, 1].set(bad)
+    assert np.isnan(largest_magnitude(w)) and np.all(
+        np.isnan(dequantize(packed(w, format)))
+    )
+    inherited = quantize(w, format, axis=-2, scale=jnp.float32(0.01))
+    assert np.isnan(dequantize(inherited)[3, 1])
 
 
 # ---------------------------------------------------------------- prefixes and members
