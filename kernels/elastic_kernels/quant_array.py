@@ -328,15 +328,18 @@ def e2m1_values(codes: jax.Array) -> jax.Array:
 
 @jax.jit
 def _fp8(array, scale):
+    if scale.ndim:  # temporaries of one member, not of the stack
+        return jax.lax.map(lambda member: _fp8(*member), (array, scale))
     wide = array.astype(jnp.float32)
     wide = jnp.where(jnp.isfinite(wide), wide, jnp.nan)
-    return to_e4m3(_divided(wide, _spread(scale, array.ndim)))
+    return to_e4m3(_divided(wide, scale))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _nvfp4(array, scale, axis, rule):
+    if scale.ndim:
+        return jax.lax.map(lambda member: _nvfp4(*member, axis, rule), (array, scale))
     blocks = _blocked(array.astype(jnp.float32), axis)
-    scale = _spread(scale, blocks.ndim)
     largest = _largest(blocks, axis, keepdims=True)
 
     def fitted(top):
