@@ -250,13 +250,12 @@ def test_packed_arrays_take_what_the_table_says():
         lambda path, spec: np.zeros(axes.shape(cfg, specs, path, spec), jnp.bfloat16),
         specs,
     )
-    for format in ("fp8", "nvfp4"):
-        recipe = Recipe(format)
-        quantized = ej.quantize(params, specs, cfg, recipe)
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
-        assert held == sum(row["bytes"] for row in table(specs, cfg, recipe))
-        assert held == size_bytes(quantized)
-        assert stored_in(quantized, specs) == formats(specs, cfg, recipe)
+    recipe = Recipe("nvfp4", (("moe/shared_*", "fp8"),))
+    quantized = ej.quantize(params, specs, cfg, recipe)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
+    assert held == sum(row["bytes"] for row in table(specs, cfg, recipe))
+    assert held == size_bytes(quantized)
+    assert stored_in(quantized, specs) == formats(specs, cfg, recipe)
 
 
 @pytest.mark.parametrize("format, gib", [("nvfp4", 18.00), ("fp8", 30.42)])
@@ -346,17 +345,16 @@ def test_a_model_computes_from_packed_weights(counts, quantized):
             logits = ej.apply(rows, TOKENS, cfg)
             return jnp.sum(jnp.sin(logits)), logits
 
-        gradient, logits = jax.grad(f, has_aux=True)(shift)
+        if counts is None:
+            return jax.grad(f, has_aux=True)(shift)
         cache = ej.init_cache(cfg, 2, 7)
-        decoded, _ = ej.extend(params, TOKENS[:, :1], cache, cfg)
-        return logits, decoded, gradient
+        return ej.extend(params, TOKENS, cache, cfg)[0], f(shift)[1]
 
     shift = jnp.zeros(cfg.embed)
     got, want = (run(p, shift) for p in (params, ej.dequantize(params)))
     for a, b in zip(got, want, strict=True):
         scale = float(jnp.max(jnp.abs(b)))
         np.testing.assert_allclose(a, b, atol=2e-5 * scale)
-    np.testing.assert_allclose(got[1][:, 0], got[0][:, 0], atol=1e-4)
 
 
 def test_quantizing_and_slicing_trace(quantized):
@@ -373,10 +371,14 @@ def test_quantizing_and_slicing_trace(quantized):
 
 
 def test_a_small_tree_fills_up_with_zeros(quantized):
-    small = ej.slice_params(quantized, SPECS, COUNTS)
-    filled = nesting.resized(small, quantized)
-    want = nesting.resized(ej.dequantize(small), ej.dequantize(quantized))
-    for a, b in zip(*map(jax.tree.leaves, (ej.dequantize(filled), want)), strict=True):
+    def both(quantized):
+        small = ej.slice_params(quantized, SPECS, COUNTS)
+        filled = nesting.resized(small, quantized)
+        plain = nesting.resized(ej.dequantize(small), ej.dequantize(quantized))
+        return ej.dequantize(filled), plain
+
+    got, want = jax.jit(both)(quantized)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert np.array_equal(a, b)
 
 
