@@ -33,6 +33,7 @@ from elastic_jax.nesting import (
     slice_config,
     slice_params,
 )
+from elastic_jax.quantize import Recipe, dequantize, quantize
 from elastic_jax.sharding import param_shardings
 
 _ON_FIRST_USE = {
@@ -58,10 +59,12 @@ __all__ = [
     "LatencyTable",
     "ModelConfig",
     "ParamSpec",
+    "Recipe",
     "apply",
     "cache_specs",
     "cost",
     "counts",
+    "dequantize",
     "extend",
     "hidden_states",
     "init_cache",
@@ -74,6 +77,7 @@ __all__ = [
     "parse_budget",
     "permute_params",
     "presets",
+    "quantize",
     "rank",
     "slice_config",
     "slice_params",

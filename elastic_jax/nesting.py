@@ -6,6 +6,7 @@ prefixes of larger ones, so one set of weights holds them all. The functions her
 read dimension names and sizes; none knows what a block computes.
 
 Blocks are chosen by rank and never permuted: depth is the order of computation.
+Quantized weights are cut by the same prefixes; their blocks are never cut.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jaxtyping import Array
 from elastic_jax import axes
 from elastic_jax.axes import AXES, Counts, Path, Size, Spec, blocks_with, layers_with
 from elastic_jax.config import ModelConfig, did_you_mean
+from elastic_kernels import FakeQuant, QuantArray
 
 # Axis -> array for the model, or a tuple with one array per block that has the axis.
 Scores = Mapping[str, Array | tuple[Array, ...]]
@@ -53,8 +55,8 @@ def permute_params(params: Any, specs, ranks: Ranks) -> Any:
     The permuted model computes what the given one does. `layers` is ignored.
 
     Raises:
-      ValueError: an unknown axis, ranks of the wrong shape, or (outside `jit`) ranks
-        that are no permutation.
+      ValueError: an unknown axis, ranks of the wrong shape, quantized parameters, or
+        (outside `jit`) ranks that are no permutation.
     """
     problems = _misfits(specs, ranks)
     for axis, orders in ranks.items():
@@ -80,7 +82,8 @@ def slice_params(params: Any, specs, counts: Counts) -> Any:
     `jit`, `specs` and `counts` are static.
 
     Raises:
-      ValueError: counts that were made for another model.
+      ValueError: counts that were made for another model, or that would cut a block
+        of quantized values.
     """
     _refuse("counts", _misfits(specs, counts))
     cut = {}
@@ -183,9 +186,10 @@ def resized(tree: Any, like: Any) -> Any:
     def fit(array, target):
         cut = array[tuple(map(slice, target.shape))]
         more = [(0, n - m) for n, m in zip(target.shape, cut.shape, strict=True)]
-        return jnp.pad(cut, more)
+        return cut.padded(more) if isinstance(cut, QuantArray) else jnp.pad(cut, more)
 
-    return jax.tree.map(fit, tree, like)
+    is_leaf = lambda leaf: isinstance(leaf, QuantArray)
+    return jax.tree.map(fit, tree, like, is_leaf=is_leaf)
 
 
 def within(cfg: ModelConfig, small: Counts, large: Counts) -> Counts:
@@ -229,6 +233,11 @@ def keep_layers(ranks: Ranks | Array, n: int) -> tuple[int, ...]:
 
 def _take(value, path: Path, dims: tuple[str, ...], axis: str, order: Array):
     """`value` reordered along `axis`, inside each of its owners."""
+    if isinstance(value, QuantArray | FakeQuant):
+        raise ValueError(
+            f"{'/'.join(map(str, path))} is quantized: a block would be torn apart "
+            "along what it was scaled by; permute first, then quantize"
+        )
     over = [dims.index(dim) for dim in (*AXES[axis].owners, axis)]
     expected = tuple(value.shape[i] for i in over)
     if order.shape != expected:
@@ -242,10 +251,17 @@ def _take(value, path: Path, dims: tuple[str, ...], axis: str, order: Array):
 
 def _prefix(value, path: Path, spec: Spec, sizes: Mapping[str, int]):
     """The first `sizes[dim]` entries of every counted dimension."""
-    for dim, full in zip(spec.dims, value.shape, strict=True):
+    blocked = isinstance(value, QuantArray | FakeQuant)
+    steps = value.steps if blocked else (1,) * len(value.shape)
+    for dim, full, step in zip(spec.dims, value.shape, steps, strict=True):
         if sizes.get(dim, 0) > full:
             raise ValueError(
                 f"{'/'.join(map(str, path))}: {sizes[dim]} of {dim} asked, {full} held"
+            )
+        if sizes.get(dim, 0) % step:
+            raise ValueError(
+                f"{'/'.join(map(str, path))}: {sizes[dim]} of {dim} would cut a block "
+                f"of {step} quantized values; make counts with elastic_jax.counts"
             )
     return value[tuple(slice(sizes.get(dim)) for dim in spec.dims)] if sizes else value
 

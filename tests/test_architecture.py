@@ -13,7 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 # to its left.
 FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
-    ("masks", "nesting", "latency_grid", "latency_table", "cost", "budget", "sharding"),
+    (
+        *("masks", "nesting", "latency_grid", "latency_table", "cost", "budget"),
+        *("quantize", "sharding"),
+    ),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model", "exact"),
     (

@@ -307,6 +307,48 @@ def test_submodels_nest(axis):
     law()
 
 
+@pytest.mark.parametrize("block_scale", ["max", "four_over_six"])
+@pytest.mark.parametrize("axis", [*AXES, "all"])
+def test_quantizing_and_slicing_commute(axis, block_scale):
+    """Bit for bit, under the parent's scales; submodels of submodels too."""
+    rules = (
+        ("attention/[qkv]", "nvfp4"),
+        ("attention/o", "fp8"),  # heads of 8 hold no block
+        ("mamba*/[zxBC]", "fp8"),
+        ("mamba*/dt", "fp8"),
+        ("mamba*/out", "nvfp4"),
+        ("moe/router", "nvfp4"),
+        ("model/lm_head", "nvfp4"),
+    )
+
+    @ORDINARY
+    @given(cases(axis), st.sampled_from(["fp8", "nvfp4"]))
+    def law(case, format):
+        cfg, counts = case
+        recipe = ej.Recipe(format, rules, block_scale)
+        specs, params = ej.param_specs(cfg), parent(cfg, np.float32)
+        quantized = ej.quantize(params, specs, cfg, recipe)
+        got = ej.slice_params(quantized, specs, counts)
+        small_cfg = ej.slice_config(cfg, counts)
+        small = ej.slice_params(params, specs, counts)
+        small_specs = ej.param_specs(small_cfg)
+        want = ej.quantize(small, small_specs, small_cfg, recipe, like=got)
+        assert_same_bits(got, want)
+        dequantized = ej.slice_params(ej.dequantize(quantized), specs, counts)
+        assert_same_bits(ej.dequantize(got), dequantized)
+        again = ej.slice_params(got, small_specs, ej.counts(small_cfg))
+        assert_same_bits(again, got)
+
+    law()
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
 def test_slicing_compiles_once_for_equal_counts():
     cfg = ej.presets.tiny()
     params, specs = parent(cfg, jnp.float32), ej.param_specs(cfg)

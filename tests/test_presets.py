@@ -8,6 +8,7 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax.axes import AXES, blocks_with
+from elastic_jax.quantize import formats, table
 
 PRESETS = {
     "tiny": ej.presets.tiny,
@@ -124,6 +125,8 @@ def test_the_accounting_of_the_readme():
     specs, kept = ej.param_specs(cfg), left_in_bf16(cfg)
     whole = tuple(item for item in specs if kept(item[0]))
     blocks = tuple(item for item in specs if not kept(item[0]))
+    chosen = formats(specs, cfg, ej.Recipe())
+    assert set(chosen) == {path for path, _ in specs if not kept(path)}
     rows, separate = {}, 0
     for name, given in SUBMODELS.items():
         counts = ej.counts(cfg, **given)
@@ -133,6 +136,10 @@ def test_the_accounting_of_the_readme():
             p: rest + ej.cost(blocks, cfg, counts=counts).weight_bytes(p)
             for p in ("fp8", "nvfp4")
         }
+        for precision, n in mixed.items():  # the recipe that quantizes says the same
+            priced = table(specs, cfg, ej.Recipe(precision), counts=counts)
+            scales = sum(row["bytes"] for row in priced) - n
+            assert 0 < scales < 30_000  # one of 4 bytes for each tensor
         gib = (n / 2**30 for n in (cost.weight_bytes("bf16"), *mixed.values()))
         rows[name] = (cost.total_params, cost.active_params, *(f"{g:.2f}" for g in gib))
         separate += cost.weight_bytes("bf16")

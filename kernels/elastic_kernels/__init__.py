@@ -2,7 +2,15 @@
 
 from elastic_kernels.attention.api import causal_attention
 from elastic_kernels.grouped_matmul.api import expert_mlp, grouped_matmul
-from elastic_kernels.quant_array import contract
+from elastic_kernels.quant_array import FakeQuant, QuantArray, contract
 from elastic_kernels.ssd.api import ssd
 
-__all__ = ["causal_attention", "contract", "expert_mlp", "grouped_matmul", "ssd"]
+__all__ = [
+    "FakeQuant",
+    "QuantArray",
+    "causal_attention",
+    "contract",
+    "expert_mlp",
+    "grouped_matmul",
+    "ssd",
+]

@@ -9,6 +9,13 @@ import pytest
 
 from elastic_kernels.grouped_matmul import cases, xla
 from elastic_kernels.grouped_matmul.api import expert_mlp, grouped_matmul
+from elastic_kernels.quant_array import (
+    FakeQuant,
+    dequantize,
+    largest_magnitude,
+    quantize,
+    tensor_scale,
+)
 
 
 @pytest.fixture
@@ -216,3 +223,60 @@ def test_too_many_rows_are_refused():
     experts = jax.ShapeDtypeStruct((2**24, 1), jnp.int32)
     with pytest.raises(ValueError, match="split the tokens"):
         jax.eval_shape(grouped_matmul, x, w, experts)
+
+
+# -------------------------------------------------------------------------- quantized
+
+
+def packed(w, format):
+    scale = tensor_scale(largest_magnitude(w, 1), format)
+    return quantize(w, format, axis=-2, scale=scale)
+
+
+def both_products(x, up, down, experts, gates, implementation):
+    options = {"implementation": implementation}
+    rows = jnp.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
+    y = expert_mlp(x, up, down, experts, gates, **options)
+    return y, grouped_matmul(rows, up, experts, **options)
+
+
+@pytest.mark.parametrize("formats", [("nvfp4", "nvfp4"), ("fp8", None)])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_quantized_experts_are_the_dequantized_ones(
+    formats, implementation, m, float64
+):
+    """Values, and gradients of what is not quantized."""
+    case = cases.Case(m=m, e=5, c=2, d=32, f=48, routed=4)
+    x, *weights, experts, gates = cases.inputs(case, dtype=np.float64)
+    stored = [
+        w if format is None else packed(w, format)
+        for w, format in zip(weights, formats, strict=True)
+    ]
+    arrays = [w.astype(jnp.float64) for w in stored]
+
+    @jax.jit
+    def run(x, gates, up, down):
+        f = lambda x, gates: both_products(x, up, down, experts, gates, implementation)
+        y, pull = jax.vjp(f, x, gates)
+        return y, pull(jax.tree.map(jnp.cos, y))
+
+    assert_close(run(x, gates, *stored), run(x, gates, *arrays), 1e-12)
+
+
+def test_fake_experts_learn_as_the_rounded_ones(float64):
+    case = cases.Case(m=9, e=3, c=2, d=16, f=32)
+    x, up, down, experts, gates = cases.inputs(case, dtype=np.float64)
+
+    def loss(up, down):
+        products = both_products(x, up, down, experts, gates, "xla")
+        return sum(jnp.sum(jnp.sin(y)) for y in products)
+
+    @jax.jit
+    def faked(up, down):
+        return loss(*(FakeQuant(w, packed(w, "nvfp4")) for w in (up, down)))
+
+    rounded = [dequantize(packed(w, "nvfp4"), jnp.float64) for w in (up, down)]
+    got = jax.value_and_grad(faked, argnums=(0, 1))(up, down)
+    want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*rounded)
+    assert_close(got, want, 1e-12)

@@ -6,6 +6,9 @@
 `expert_mlp` fuses the two products, the activation and the gated sum, so that only
 one hidden activation per (token, choice) is ever kept, and only for the gradient.
 Every row is computed exactly, however unevenly the rows choose.
+
+Quantized matrices become arrays one expert at a time, and get no gradient. Those in
+training become arrays before the loop: their gradients fill as many.
 """
 
 import jax
@@ -14,11 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from elastic_kernels.dispatch import select
 from elastic_kernels.grouped_matmul import reference, xla
+from elastic_kernels.quant_array import FakeQuant, QuantArray, Weight
 
 
 def grouped_matmul(
     x: Float[Array, "m c d"],
-    w: Float[Array, "e d f"],
+    w: Float[Array | QuantArray | FakeQuant, "e d f"],
     experts: Int[Array, "m c"],
     *,
     implementation: str | None = None,
@@ -41,13 +45,14 @@ def grouped_matmul(
     _check_experts("grouped_matmul", experts, x.shape[:2], w.shape[0])
     _check_shape("grouped_matmul", "w", w, (w.shape[0], x.shape[2], w.shape[-1]))
     available = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul}
-    return select("grouped_matmul", implementation, available)(x, w, experts)
+    chosen = select("grouped_matmul", implementation, available)
+    return chosen(x, _trained(w), experts)
 
 
 def expert_mlp(
     x: Float[Array, "m d"],
-    up: Float[Array, "e d f"],
-    down: Float[Array, "e f d"],
+    up: Float[Array | QuantArray | FakeQuant, "e d f"],
+    down: Float[Array | QuantArray | FakeQuant, "e f d"],
     experts: Int[Array, "m c"],
     gates: Float[Array, "m c"],
     *,
@@ -90,7 +95,11 @@ def expert_mlp(
         _check_shape("expert_mlp", "hidden_mask", hidden_mask, whole)
     available = {"reference": reference.expert_mlp, "xla": xla.expert_mlp}
     chosen = select("expert_mlp", implementation, available)
-    return chosen(x, up, down, experts, gates, hidden_mask)
+    return chosen(x, _trained(up), _trained(down), experts, gates, hidden_mask)
+
+
+def _trained(w: Weight) -> Array | QuantArray:
+    return w.astype(w.dtype) if isinstance(w, FakeQuant) else w
 
 
 def _check_shape(operation: str, name: str, a: jax.Array, expected: tuple) -> None:

@@ -1,15 +1,19 @@
 """The specification of grouped products: every expert sees every row, most for nothing.
 
-    m tokens   c choices (top_k)   e experts   d embed   f expert_ffn
+m tokens   c choices (top_k)   e experts   d embed   f expert_ffn
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from elastic_kernels.quant_array import QuantArray
+
 
 def grouped_matmul(
-    x: Float[Array, "m c d"], w: Float[Array, "e d f"], experts: Int[Array, "m c"]
+    x: Float[Array, "m c d"],
+    w: Float[Array | QuantArray, "e d f"],
+    experts: Int[Array, "m c"],
 ) -> Float[Array, "m c f"]:
     def add(y, expert):
         index, w_e = expert
@@ -23,8 +27,8 @@ def grouped_matmul(
 
 def expert_mlp(
     x: Float[Array, "m d"],
-    up: Float[Array, "e d f"],
-    down: Float[Array, "e f d"],
+    up: Float[Array | QuantArray, "e d f"],
+    down: Float[Array | QuantArray, "e f d"],
     experts: Int[Array, "m c"],
     gates: Float[Array, "m c"],
     hidden_mask: Float[Array, "*m f"] | None = None,

@@ -17,6 +17,8 @@ Few rows read a whole expert for little work. XLA copies what is cut from a stac
 it multiplies; cut in strips that stay in the processor's cache, the copy costs next to
 nothing, and decoding reads the weights from memory once instead of three times.
 
+A quantized matrix is dequantized for its block of rows, and nothing is learnt about it.
+
 A block that an expert does not fill is closed with row number n. That row lies outside
 every array, so reading it gives zeros and writing to it does nothing.
 """
@@ -28,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from elastic_kernels.quant_array import QuantArray
+
 LARGEST_BLOCK = 256
 FEW_ROWS = 16
 STRIP_BYTES = 2**20
@@ -36,7 +40,9 @@ Keys = UInt32[Array, "keys"]
 
 
 def grouped_matmul(
-    x: Float[Array, "m c d"], w: Float[Array, "e d f"], experts: Int[Array, "m c"]
+    x: Float[Array, "m c d"],
+    w: Float[Array | QuantArray, "e d f"],
+    experts: Int[Array, "m c"],
 ) -> Float[Array, "m c f"]:
     y = _rows_matmul(x.reshape(-1, x.shape[-1]), w, experts.reshape(-1))
     return y.reshape(*experts.shape, -1)
@@ -44,8 +50,8 @@ def grouped_matmul(
 
 def expert_mlp(
     x: Float[Array, "m d"],
-    up: Float[Array, "e d f"],
-    down: Float[Array, "e f d"],
+    up: Float[Array | QuantArray, "e d f"],
+    down: Float[Array | QuantArray, "e f d"],
     experts: Int[Array, "m c"],
     gates: Float[Array, "m c"],
     hidden_mask: Float[Array, "*m f"] | None = None,
@@ -107,12 +113,14 @@ def _mask_rows(mask: Array | None, tokens: UInt32[Array, "b"]) -> Array | float:
 
 
 def _times(
-    x: Float[Array, "b d"], w: Float[Array, "e d f"], e: UInt32[Array, ""]
+    x: Float[Array, "b d"],
+    w: Float[Array | QuantArray, "e d f"],
+    e: UInt32[Array, ""],
 ) -> Float[Array, "b f"]:
     """`x @ w[e]` in at least float32, in strips of `w[e]` where rows are few."""
     d, f = w.shape[1:]
     strip = _strip(d, f * w.dtype.itemsize)
-    if len(x) > FEW_ROWS or strip == d:
+    if len(x) > FEW_ROWS or strip == d or isinstance(w, QuantArray):
         return _dot("bd,df->bf", x, w[e].astype(x.dtype))
 
     def body(i, y):
@@ -145,7 +153,9 @@ def _wide(x: Array) -> jnp.dtype:
 
 @jax.custom_vjp
 def _rows_matmul(
-    x: Float[Array, "n d"], w: Float[Array, "e d f"], experts: Int[Array, "n"]
+    x: Float[Array, "n d"],
+    w: Float[Array | QuantArray, "e d f"],
+    experts: Int[Array, "n"],
 ) -> Float[Array, "n f"]:
     return _rows_matmul_forward(x, w, experts)[0]
 
@@ -167,11 +177,20 @@ def _rows_matmul_backward(saved, dy):
         dx, dw = carry
         dy_b = _take(dy, row)
         dx = _add(dx, row, _dot("bf,df->bd", dy_b, w[e].astype(x.dtype)))
-        return dx, dw.at[e].add(_dot("bd,bf->df", _take(x, row), dy_b))
+        return dx, _learnt(dw, e, "bd,bf->df", _take(x, row), dy_b)
 
-    zeros = jnp.zeros_like(x), jnp.zeros_like(w, _wide(x))
+    zeros = jnp.zeros_like(x), _no_gradient(w, _wide(x))
     dx, dw = _over_blocks(keys, len(x), body, zeros)
-    return dx, dw.astype(w.dtype), None
+    return dx, None if dw is None else dw.astype(w.dtype), None
+
+
+def _no_gradient(w: Array | QuantArray, dtype) -> Array | None:
+    """Zeros to add to; None for a quantized matrix."""
+    return None if isinstance(w, QuantArray) else jnp.zeros_like(w, dtype)
+
+
+def _learnt(dw: Array | None, e, equation: str, x: Array, y: Array) -> Array | None:
+    return None if dw is None else dw.at[e].add(_dot(equation, x, y))
 
 
 _rows_matmul.defvjp(_rows_matmul_forward, _rows_matmul_backward)
@@ -230,18 +249,19 @@ def _mlp_backward(saved, dy):
             )
         dactive = (2 * gate * active * mask_b * dhidden).astype(x.dtype)
         dx = _add(dx, row // c, _dot("bf,df->bd", dactive, up[e].astype(x.dtype)))
-        dup = dup.at[e].add(_dot("bd,bf->df", _take(x, row // c), dactive))
+        dup = _learnt(dup, e, "bd,bf->df", _take(x, row // c), dactive)
         gated = (gate * hidden).astype(x.dtype)
-        ddown = ddown.at[e].add(_dot("bf,bd->fd", gated, dy_b))
+        ddown = _learnt(ddown, e, "bf,bd->fd", gated, dy_b)
         return dx, dup, ddown, dgates, dmask
 
     of = (x, up, down, gates.reshape(-1), mask)
-    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, wide), of)
+    zeros = tuple(None if a is None else _no_gradient(a, wide) for a in of)
     dx, dup, ddown, dgates, dmask = _over_blocks(keys, n, body, zeros)
     dgates = dgates.reshape(gates.shape)
     grads = dx, dup, ddown, None, dgates, dmask
     like = x, up, down, None, gates, mask
-    return jax.tree.map(lambda g, a: g.astype(a.dtype), grads, like)
+    pairs = zip(grads, like, strict=True)
+    return tuple(None if g is None else g.astype(a.dtype) for g, a in pairs)
 
 
 _expert_mlp.defvjp(_mlp_forward, _mlp_backward)
