@@ -40,6 +40,7 @@ _ON_FIRST_USE = {
     "importance": "importance",
     "depth_importance": "importance",
     "calibrate": "importance",
+    "input_statistics": "calibration",
     "Router": "router",
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",

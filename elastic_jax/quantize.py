@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from elastic_jax import axes
-from elastic_jax.axes import Counts, ParamSpecs, Path
+from elastic_jax.axes import Counts, ParamSpec, ParamSpecs, Path
 from elastic_jax.config import ModelConfig, did_you_mean
 from elastic_jax.cost import block_bytes_of
 from elastic_kernels import FakeQuant, QuantArray, quant_array
@@ -105,7 +105,7 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
             continue
         chosen[path] = format
         where = f"{_text(path)} ({names[path]})"
-        if not spec.decays:
+        if not meets_activations(spec):
             problems.append(f"{where}: meets no activations in a product; keep it")
         elif format == "nvfp4":
             dim = spec.contracted[-1]
@@ -132,6 +132,11 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
     return chosen
 
 
+def meets_activations(spec: ParamSpec) -> bool:
+    """Whether a parameter enters a product: no lookup, no convolution, no norm."""
+    return spec.decays and spec.contracted != ("conv_width",)
+
+
 def quantize(
     params: Any,
     specs: ParamSpecs,
@@ -148,13 +153,14 @@ def quantize(
       like: a quantized tree whose formats, tensor scales and input scales are
         inherited; of the recipe only its `block_scale` is read then.
       input_largest: largest magnitude of the activations that a parameter meets, for
-        each expert where there are several; what is left out gets no input scale. An
-        expert that met none takes the largest of its layer.
+        each expert where there are several: `InputStatistics.largest`. What is left out
+        gets no input scale; what is given of a parameter that stays as it is has no
+        use. An expert that met none takes the largest of its layer.
 
     Raises:
       ValueError: a recipe that does not fit, parameters that are quantized already,
-        activations of no quantized parameter, or (outside `jit`) weights that are NaN
-        or infinite, each by name.
+        activations of no parameter, or (outside `jit`) weights that are NaN or
+        infinite, each by name.
     """
     chosen = formats(specs, cfg, recipe) if like is None else _inherited(specs, like)
     weights = {path: axes.leaf(params, path) for path in chosen}
@@ -171,7 +177,13 @@ def quantize(
         path: quant_array.largest_magnitude(weight, stacked[path])
         for path, weight in weights.items()
     }
-    inputs = dict(input_largest or {})
+    given = input_largest or {}
+    unknown = given.keys() - {path for path, spec in specs if meets_activations(spec)}
+    _refuse(
+        "cannot quantize",
+        [f"input_largest: no product has {_text(path)}" for path in sorted(unknown)],
+    )
+    inputs = {path: given[path] for path in chosen if path in given}
     _refuse("cannot quantize", list(_unfit(largest, inputs)))
     if like is None:
         scales = _tensor_scales(specs, chosen, largest)
@@ -327,9 +339,7 @@ def _met(inputs: Mapping[Path, Array]) -> dict[Path, Array]:
 def _unfit(largest: Mapping[Path, Array], inputs: Mapping[Path, Array]):
     """Why these magnitudes cannot be those of weights and of what they meet."""
     for path, given in inputs.items():
-        if path not in largest:
-            yield f"input_largest names {_text(path)}, which is not quantized"
-        elif jnp.shape(given) != largest[path].shape:
+        if jnp.shape(given) != largest[path].shape:
             yield (
                 f"input_largest of {_text(path)} has shape {jnp.shape(given)}, not "
                 f"{largest[path].shape}"

@@ -26,6 +26,7 @@ FLOORS = (
         "scores",
         "fold",
         "importance",
+        "calibration",
         "curriculum",
         "sampling",
         "stopping",

@@ -215,6 +215,7 @@ def test_input_scales():
         ("layers", 0, "z"): 3.0,
         ("layers", 0, "B"): np.float32(5),
         ("layers", 1, "up"): seen,
+        ("layers", 1, "router"): 9.0,  # stays as it is
     }
     quantized = functools.partial(ej.quantize, parent(cfg), specs, cfg, Recipe("fp8"))
     params = quantized(input_largest=given)["layers"]
@@ -225,7 +226,7 @@ def test_input_scales():
     assert np.array_equal(params[1]["up"].input_scale, seen / np.float32(448))
     for wrong, message in (
         ({("layers", 1, "up"): 2.0}, r"layers/1/up has shape \(\), not \(8,\)"),
-        ({("layers", 0, "D"): 2.0}, "layers/0/D, which is not quantized"),
+        ({("layers", 0, "D"): 2.0}, "input_largest: no product has layers/0/D"),
         ({("layers", 0, "z"): np.nan}, "layers/0/z: NaN or infinity among its activ"),
     ):
         with pytest.raises(ValueError, match=message):
