@@ -41,6 +41,7 @@ _ON_FIRST_USE = {
     "depth_importance": "importance",
     "calibrate": "importance",
     "input_statistics": "calibration",
+    "quantization_errors": "quantization_error",
     "Router": "router",
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",

@@ -15,7 +15,7 @@ FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
     (
         *("masks", "nesting", "latency_grid", "latency_table", "cost", "budget"),
-        *("quantize", "sharding"),
+        *("quantize", "quantization_error", "sharding"),
     ),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model", "exact"),
