@@ -51,7 +51,7 @@ FLOORS = (
         *("fronts", "control_findings"),
     ),
     (
-        *("elastic", "train", "objectives", "metrics", "fit"),
+        *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
         *("convert", "request", "serving", "latency", "report", "control_report"),
     ),

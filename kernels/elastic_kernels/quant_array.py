@@ -174,7 +174,7 @@ def quantize(
     axis: int,
     scale: jax.Array,
     input_scale: jax.Array | None = None,
-    block_scale: str = "max",
+    block_scale: str | jax.Array = "max",
 ) -> QuantArray:
     """`array` rounded to `format` under the scale of its tensor.
 
@@ -189,11 +189,13 @@ def quantize(
         inherited from a parent. Its dimensions are the leading ones of `array`.
       block_scale: `"max"` fits each block's largest value to 6. `"four_over_six"`
         (after arXiv 2512.02010) fits it to 4 where that has a smaller squared error.
+        An array takes those block scales as they are.
 
     Raises:
       ValueError: an unknown format or rule, or blocks that do not fit.
     """
-    if format not in FORMATS or block_scale not in BLOCK_SCALES:
+    given = not isinstance(block_scale, str)
+    if format not in FORMATS or not (given or block_scale in BLOCK_SCALES):
         raise ValueError(
             f"quantize: format {format!r} of {FORMATS}, block_scale {block_scale!r} of "
             f"{BLOCK_SCALES}: choose one of each"
@@ -210,6 +212,8 @@ def quantize(
         )
     if format == "fp8":
         values, blocks = _fp8(array, scale), None
+    elif given:
+        values, blocks = _nvfp4_under(array, scale, block_scale, axis), block_scale
     else:
         values, blocks = _nvfp4(array, scale, axis, block_scale)
     return QuantArray(values, scale, blocks, input_scale, axis, jnp.dtype(array.dtype))
@@ -305,6 +309,18 @@ def _nvfp4(array, scale, axis, rule):
         return jax.lax.map(lambda member: _nvfp4(*member, axis, rule), (array, scale))
     codes, scales, _ = _fitted_blocks(array, scale, axis, rule)
     return _packed(codes.reshape(array.shape), axis), jnp.squeeze(scales, axis)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nvfp4_under(array, scale, block_scale, axis):
+    """The packed values under scales of blocks that are known."""
+    if scale.ndim:
+        each = array, scale, block_scale
+        return jax.lax.map(lambda member: _nvfp4_under(*member, axis), each)
+    blocks = _blocked(array.astype(jnp.float32), axis)
+    whole = jnp.expand_dims(block_scale.astype(jnp.float32), axis) * scale
+    codes = e2m1_codes(divided(blocks, whole))
+    return _packed(codes.reshape(array.shape), axis)
 
 
 def _fitted_blocks(array, scale, axis, rule):
