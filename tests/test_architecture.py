@@ -15,7 +15,7 @@ FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
     (
         *("masks", "nesting", "latency_grid", "latency_table", "cost", "budget"),
-        *("quantize", "sharding"),
+        *("quantize", "parts", "sharding"),
     ),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model", "exact"),
@@ -34,7 +34,7 @@ FLOORS = (
         "tokenizer",
         "corpus",
         "packing",
-        "manifest",
+        *("manifest", "contents"),
         "stored",
         "checkpoint",
         "saves",
