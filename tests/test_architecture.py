@@ -15,7 +15,7 @@ FLOORS = (
     ("axes", "config", "presets", "lazy", "directories"),
     (
         *("masks", "nesting", "latency_grid", "latency_table", "cost", "budget"),
-        *("quantize", "parts", "sharding"),
+        *("quantize", "quantization_error", "parts", "sharding"),
     ),
     ("layers.norm", "layers.attention", "layers.mamba2", "layers.mlp", "layers.moe"),
     ("model", "exact"),
@@ -26,6 +26,7 @@ FLOORS = (
         "scores",
         "fold",
         "importance",
+        "calibration",
         "curriculum",
         "sampling",
         "stopping",
@@ -39,6 +40,7 @@ FLOORS = (
         "checkpoint",
         "saves",
         "huggingface.shards",
+        *("huggingface.quantization_config", "huggingface.quantized"),
         "huggingface.config",
         "huggingface.uniform",
         "huggingface.names",
@@ -50,7 +52,7 @@ FLOORS = (
         *("fronts", "control_findings"),
     ),
     (
-        *("elastic", "train", "objectives", "metrics", "fit"),
+        *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
         *("convert", "request", "serving", "latency", "report", "control_report"),
     ),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-PREFERENCE = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("xla",)}
+PREFERENCE = {"cpu": ("xla",), "gpu": ("scaled", "triton", "xla"), "tpu": ("xla",)}
 
 
 def select(
