@@ -33,11 +33,11 @@ CAPTION = (
 )
 REFERENCE = "bf16"
 WAYS = {
-    "ptq": "rounded alone",
-    "qad": "nested distillation",
-    "qat": "cross entropy on the data",
+    "ptq": "PTQ is rounding alone",
+    "qad": "QAD is training by nested distillation, every budget from itself in BF16",
+    "qat": "QAT is the same training with cross entropy on the data",
 }
-# Of the reference at the 30B, arXiv 2605.07182.
+# What is kept of the 30B in BF16 (arXiv 2605.07182).
 PUBLISHED = {"fp8_ptq": 0.9869, "nvfp4_ptq": 1 - 0.0412, "nvfp4_qad": 0.9779}
 CLEAR_GAP = 0.005  # a loss below this share of the reference leaves nothing to recover
 NEEDED = ("arms", "budgets", "seeds", "evaluation", "rounded", "table")
@@ -72,16 +72,15 @@ def write_quantization_report(directory: str | os.PathLike, results: Results) ->
     return path
 
 
-def kept(results: Results, arm: str, budget: str) -> list[float]:
-    """What an arm keeps of the reference's value, for every seed."""
-    return [
-        ours / theirs if theirs else float("nan")
-        for ours, theirs in zip(
-            values(results, arm, budget),
-            values(results, REFERENCE, budget),
-            strict=True,
-        )
-    ]
+def kept(results: Results, arm: str, budget: str) -> list[float] | None:
+    """What an arm keeps of the reference's value, for every seed; None of nothing."""
+    each = (values(results, name, budget) for name in (arm, REFERENCE))
+    pairs = list(zip(*each, strict=True))
+    return (
+        [ours / theirs for ours, theirs in pairs]
+        if all(pair[1] for pair in pairs)
+        else None
+    )
 
 
 def recovered(results: Results, arm: str, budget: str) -> float | None:
@@ -134,7 +133,7 @@ def _text(results: Results) -> Iterator[str]:
         yield _parts(results)
     for arm in results["arms"][1:]:
         if arm.endswith("_ptq"):
-            yield f"## What {called(arm)} rounds, and how far off that is"
+            yield f"## What {called(arm)} stores, and how far off that is"
             yield _recipe(results, arm)
 
 
@@ -146,12 +145,17 @@ def _head(results: Results) -> str:
         f"Elastic training was run {times}. Each time the elastic model was calibrated "
         "once and quantized as a whole by every arm; every budget is what that arm's "
         f"one nested checkpoint restores. {what} have {results['rounded']} rounded, "
-        "the rest is BF16. Trained arms start from the elastic model and take "
-        f"{results['steps']} steps over all budgets. Every row answers "
+        f"the rest is BF16. {_ways(results)} Trained arms start from the elastic model "
+        f"and take {results['steps']} steps over all budgets. Every row answers "
         f"{format_count(asked['problems'])} held-out problems of {asked['min_steps']} "
         f"to {asked['max_steps']} steps. Measured on "
         f"{results.get('device') or 'an unknown device'}."
     )
+
+
+def _ways(results: Results) -> str:
+    ways = {arm.split("_")[1] for arm in results["arms"][1:]}
+    return "; ".join(text for way, text in WAYS.items() if way in ways) + "."
 
 
 def _findings(results: Results) -> Iterator[str]:
@@ -162,8 +166,8 @@ def _findings(results: Results) -> Iterator[str]:
         ]
         published = ""
         if arm in PUBLISHED:
-            published = f"; published for the 30B: {PUBLISHED[arm]:.2%}"
-        yield f"{called(arm)} keeps {listed(each)} of BF16{published}."
+            published = f" (published for the 30B: {PUBLISHED[arm]:.2%})"
+        yield f"{called(arm)} keeps, of BF16, {listed(each)}{published}."
     for arm in results["arms"][1:]:
         if arm.endswith("_ptq"):
             continue
@@ -173,11 +177,11 @@ def _findings(results: Results) -> Iterator[str]:
         ]
         small = [f"`{b}`" for b, share in back.items() if share is None]
         if said:
-            yield f"{called(arm)} gives back {listed(said)} of what rounding lost."
+            yield f"{called(arm)} gives back {listed(said)} of what PTQ lost."
         if small and f"{arm.split('_')[0]}_ptq" in results["arms"]:
             yield (
-                f"At {listed(small)} rounding alone lost less than {CLEAR_GAP:.1%} of "
-                f"BF16: too little for {called(arm)} to be judged by."
+                f"At {listed(small)} PTQ lost less than {CLEAR_GAP:.1%} of BF16: too "
+                f"little for {called(arm)} to be judged by."
             )
     pairs = [(a, a.replace("_qad", "_qat")) for a in results["arms"] if "_qad" in a]
     for ours, other in pairs:
@@ -214,7 +218,7 @@ def _method(results: Results) -> str:
     spread = " Means over seeds, and the range." if several else ""
     return (
         "*Of BF16* is the share of the reference's value that is kept; *gives back* is "
-        "the share of what rounding alone lost; *KL* is from the same budget before, "
+        "the share of what PTQ lost; *KL* is from the same budget before, "
         "in nats per token of held-out rows. Bytes are of the budget alone: in memory "
         f"its packed arrays, on disk a checkpoint of its own.{spread}"
     )
@@ -293,14 +297,11 @@ def _recipe(results: Results, arm: str) -> str:
 
 
 def called(arm: str) -> str:
-    """An arm as people call it: NVFP4, rounded alone."""
-    if arm == REFERENCE:
-        return "BF16"
-    format, way = arm.split("_")
-    return f"{format.upper()}, {WAYS[way]}"
+    """An arm as people call it: NVFP4 QAD."""
+    return arm.replace("_", " ").upper()
 
 
-def _shares(each: Sequence[float]) -> str:
+def _shares(each: Sequence[float] | None) -> str:
     return format_several(each, format_share)
 
 

@@ -54,7 +54,7 @@ FLOORS = (
     (
         *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
-        *("convert", "request", "serving", "latency"),
+        *("convert", "post_training", "request", "serving", "latency"),
         *("report", "control_report", "quantization_report"),
     ),
     ("__main__",),
