@@ -43,7 +43,7 @@ FLOORS = (
         *("huggingface.quantization_config", "huggingface.quantized"),
         "huggingface.config",
         "huggingface.uniform",
-        "huggingface.names",
+        *("huggingface.turning", "huggingface.names"),
         "huggingface.reading",
         "huggingface.writing",
         "tables",
