@@ -35,7 +35,7 @@ FLOORS = (
         "tokenizer",
         "corpus",
         "packing",
-        *("manifest", "contents"),
+        *("manifest", "contents", "prefixes"),
         "stored",
         "checkpoint",
         "saves",
