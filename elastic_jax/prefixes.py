@@ -66,7 +66,8 @@ def prefixes(
         name = stored_name(origin[path])
         shape = axes.shape(small, specs, path, spec)
         if name not in formats:
-            leaves[path] = Prefix(name, shape, jnp.dtype(dtype or dtypes[name]))
+            kind = dtypes[name] if dtype is None else dtype
+            leaves[path] = Prefix(name, shape, jnp.dtype(kind))
             continue
         said = formats[name]
         found = {
@@ -77,7 +78,7 @@ def prefixes(
         leaves[path] = QuantArray(
             **{"block_scale": None, "input_scale": None, **found},
             axis=packed_axis(spec),
-            dtype=jnp.dtype(dtype or said["dtype"]),
+            dtype=jnp.dtype(said["dtype"] if dtype is None else dtype),
         )
     return axes.nest(leaves), small
 

@@ -126,7 +126,11 @@ class Table:
         layout: Layout,
         stored: Mapping[str, Stored] = MappingProxyType({}),
     ):
-        """The table of a model; `stored` says which of its `weights` are quantized."""
+        """The table of a model; `stored` says which of its `weights` are quantized.
+
+        Raises:
+          ValueError: a quantized weight whose width is not made of whole blocks.
+        """
         self.cfg, self.specs, self.layout = cfg, param_specs(cfg), layout
         known = dict(self.specs)
         self.entries = [
@@ -144,7 +148,10 @@ class Table:
             yield Entry(name, paths, specs, tuple(shapes))
             return
         pairs = zip(specs, shapes, strict=True)
-        made = [parts(spec, shape, stored.format) for spec, shape in pairs]
+        try:
+            made = [parts(spec, shape, stored.format) for spec, shape in pairs]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         for part, suffix in suffixes(self.layout.scheme, stored).items():
             yield Entry(
                 name.removesuffix("weight") + suffix,
@@ -248,12 +255,8 @@ class Table:
         ):
             rows = outer_shape(spec, shape)[0]
             part = slice(start, start + rows) if several else slice(None)
-            yield (
-                path,
-                tensor.derived(
-                    shape, lambda t, s=spec, n=shape, part=part: inner(t[part], s, n)
-                ),
-            )
+            cut = lambda t, s=spec, n=shape, part=part: inner(t[part], s, n)
+            yield path, tensor.derived(shape, cut)
             start += rows
 
     def _scalar(self, entry: Entry, tensor: LazyArray) -> LazyArray:
@@ -264,7 +267,8 @@ class Table:
         found, last, expected = {}, LastRead(), self.expected()
         for entry in self.entries:
             leaves = entry.read(params)
-            kind = entry.dtype or np.dtype(dtype or widest(leaves))
+            kind = widest(leaves) if dtype is None else np.dtype(dtype)
+            kind = kind if entry.dtype is None else entry.dtype
             if entry.parts[0][-1] == ROUTER_BIAS:
                 kind = np.dtype(np.float32)
             for i, name in enumerate(entry.names()):

@@ -173,8 +173,11 @@ def _table(directory: Path, described: Described, tensors) -> Table:
     )
     names = weights(described.cfg, layout)
     stored = stored_in(names, tensors, layout.scheme)
-    table = Table(described.cfg, layout, stored if said else {})
     what = f"{directory} does not fit its config.json"
+    try:
+        table = Table(described.cfg, layout, stored if said else {})
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
     refuse(what, [*contradictions(stored, said), *table.misfits(tensors)])
     return table
 

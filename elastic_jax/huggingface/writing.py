@@ -172,5 +172,6 @@ def _common_dtype(params: Any, tensors: Mapping[str, LazyArray], dtype: Any) -> 
             sizes[tensor.dtype.name] += tensor.size
     is_packed = lambda leaf: isinstance(leaf, QuantArray)
     for leaf in filter(is_packed, jax.tree.leaves(params, is_leaf=is_packed)):
-        sizes[jnp.dtype(dtype or leaf.dtype).name] += math.prod(leaf.shape)
+        kind = leaf.dtype if dtype is None else dtype
+        sizes[jnp.dtype(kind).name] += math.prod(leaf.shape)
     return sizes.most_common(1)[0][0]

@@ -411,6 +411,32 @@ def test_a_plain_export_is_what_dequantizing_gives(trees, tmp_path, dtype):
         assert config(tmp_path / name)["torch_dtype"] == dtype or "bfloat16"
 
 
+def test_a_dtype_casts_what_is_not_quantized(homes, trees, tmp_path):
+    ej.to_hf(tmp_path / "hf", trees["mixed"], CFG, dtype="float32")
+    before = read_shards(homes["mixed", "modelopt"])
+    after = read_shards(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        cast = tensor.dtype.name == "bfloat16"
+        assert after[name].dtype == (np.float32 if cast else tensor.dtype), name
+        np.testing.assert_array_equal(after[name].read(), tensor.read().astype("f4"))
+    found, _ = ej.from_hf(tmp_path / "hf")
+    assert found["layers"][0]["z"].dtype == np.float32
+    assert config(tmp_path / "hf")["torch_dtype"] == "float32"
+
+
+def test_heads_that_cross_blocks_are_refused(home):
+    """Their blocks run along all heads; ours lie within one."""
+
+    def narrow(said):
+        said |= {"mamba_head_dim": 8, "mamba_num_heads": 2 * said["mamba_num_heads"]}
+
+    rewrite(home, narrow, "config.json")
+    words = r"hf does not fit .*out_proj.weight: ssm_head_dim 8 would cut a block of 16"
+    with pytest.raises(ValueError, match=words):
+        open_hf(home)
+
+
 @pytest.mark.parametrize("powers", [True, False])
 def test_compressed_tensors_decompresses_to_our_weights(trees, tmp_path, powers):
     """To the bit; but where a scale has no exact reciprocal, to one rounding of it."""
