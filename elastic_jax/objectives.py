@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig
@@ -229,20 +228,32 @@ def divergence(
     teacher: Any,
     params: Any,
     cfg: ModelConfig,
-    counts: Counts,
     batches: Iterable[Mapping],
     *,
+    teacher_cfg: ModelConfig | None = None,
     chunk: int = 512,
 ) -> float:
-    """Mean KL, in nats per token, from the parent `teacher` to a slice of `params`."""
+    """Mean KL, in nats per token that counts, of one model from another.
+
+    Args:
+      params, cfg: the model, quantized or not.
+      batches: rows of the same shape, as a stage has them.
+      teacher_cfg: of `teacher`; None is `cfg`.
+    """
+    settings = teacher_cfg or cfg, cfg, chunk
     rows = ({k: jnp.asarray(batch[k]) for k in ROWS} for batch in batches)
-    given = {"params": params}, teacher, cfg, counts, chunk
-    return float(np.mean([_loss_alone(r, *given) for r in rows]))
+    found = [_weighted_kl(each, teacher, params, *settings) for each in rows]
+    weight = sum(float(weight) for _, weight in found)
+    kl = sum(float(kl) * float(weight) for kl, weight in found) / (weight or 1.0)
+    return max(kl, 0.0)  # rounding
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _loss_alone(rows, trained, teacher, cfg, counts, chunk):
-    return _sliced_loss(trained, rows, teacher, cfg, counts, chunk)[0]
+def _weighted_kl(rows, teacher, params, teacher_cfg, cfg, chunk):
+    """The mean over a batch, and its weight."""
+    hidden = hidden_of(params, rows, cfg)
+    kl = kl_from(hidden, params, rows, teacher, teacher_cfg, chunk)
+    return kl, jnp.sum(rows["weights"])
 
 
 def hidden_of(params, rows, cfg, masks=None):

@@ -7,13 +7,14 @@
       checkpoint/    the nested checkpoint            results.json report.md *.png
       elastic-1/     the same with another seed       stages/      weights at stage ends
       control.json   thinking and answering           budget_control.md
+      quantized/     quantized nested checkpoints     quantization.json, .md and .png
+      qad-0/ qat-0/  training for them                inputs-0.npz   their calibration
 
 A phase that is complete is read back, not run again.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -29,10 +30,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import elastic_jax as ej
 from elastic_jax import checkpoint, data, fit, latency, objectives, saves, train
 from elastic_jax.axes import AXES, blocks_with
-from elastic_jax.distill import distillation_loss
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.latency_grid import PHASES
+from elastic_jax.manifest import plain
 from elastic_jax.router import budget_input, make_router
 from experiments import parents
 from experiments.settings import Plan, with_table
@@ -106,9 +107,13 @@ def run_stages(
     router: Any = None,
     allow_changes: bool = False,
     weight_decay: float = 0.0,
+    about: Mapping[str, Any] | None = None,
     **hooks: Any,
 ) -> tuple[train.TrainState, dict[str, Any]]:
-    """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short."""
+    """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short.
+
+    `about` joins what a save belongs to.
+    """
     folder = workdir.path / name
     optimizer = train.optimizer(ej.param_specs(plan.cfg), weight_decay=weight_decay)
     state = train.init_state(params, optimizer, router)
@@ -136,7 +141,7 @@ def run_stages(
                 plan.task.data[stage.name], batch=stage.batch, seed=plan.values["seed"]
             ),
             optimizer=optimizer,
-            identity=identity(plan, stages),
+            identity=identity(plan, stages) | plain(about or {}, "about"),
             checkpoints=saved,
             save_every=plan.values["save_every"],
             log_every=plan.values["log_every"],
@@ -149,7 +154,7 @@ def run_stages(
 
 def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
-    apart = ("controls", "control", "stages")
+    apart = ("controls", "control", "quantization", "stages")
     values = {k: v for k, v in plan.values.items() if k not in apart}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
     digests = {stage.name: plan.task.data[stage.name].digest() for stage in stages}
@@ -315,9 +320,9 @@ def calibration_batches(plan: Plan, rows: int) -> list[dict[str, Any]]:
     return stacked([task[i] for i in range(rows)], plan.values["calibration"]["batch"])
 
 
-def scores(plan: Plan, workdir: Workdir, params: Any):
-    """Importance of every width axis, and of whole blocks."""
-    batches = [
+def read_batches(plan: Plan) -> list[dict[str, Any]]:
+    """The calibration batches as a pass over them takes them."""
+    return [
         {
             "tokens": batch["tokens"],
             "segment_ids": batch["segment_ids"],
@@ -325,6 +330,11 @@ def scores(plan: Plan, workdir: Workdir, params: Any):
         }
         for batch in calibration_batches(plan, plan.values["calibration"]["rows"])
     ]
+
+
+def scores(plan: Plan, workdir: Workdir, params: Any):
+    """Importance of every width axis, and of whole blocks."""
+    batches = read_batches(plan)
     with bar("scores", len(batches)) as advance:
         seen = iter(range(1, len(batches) + 1))
         found = calibrate(
@@ -356,7 +366,7 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
 
     def measure(ranks, counts) -> float:
         moved = ej.permute_params(params, specs, ranks)
-        return objectives.divergence(params, moved, cfg, counts, batches)
+        return _kl(plan, params, *sliced(plan, moved, counts), batches)
 
     asked = plan.values["orders"]["axes"] or AXES
     cases = [(axis, "", found) for axis in found if axis in asked and axis != "experts"]
@@ -506,6 +516,14 @@ def elastic_training(
     return state, settled(facts), elastic
 
 
+def of_seed(plan: Plan, seed: int) -> tuple[Plan, str]:
+    """The plan with other draws, and the name of its elastic training."""
+    if seed == 0:
+        return plan, "elastic"
+    values = plan.values | {"seed": plan.values["seed"] + seed}
+    return dataclasses.replace(plan, values=values), f"elastic-{seed}"
+
+
 def stage_end(workdir: Workdir, name: str, stage: str) -> pathlib.Path:
     """Where the weights of a training run at the end of a stage are kept."""
     return workdir.path / "stages" / f"{name}-{stage}"
@@ -522,7 +540,7 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
     saved["end"] = final
     return {
         budget: {
-            when: objectives.divergence(teacher, params, plan.cfg, kept, batches)
+            when: _kl(plan, teacher, *sliced(plan, params, kept), batches)
             for when, params in saved.items()
         }
         for budget, kept in counts.items()
@@ -530,31 +548,36 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
 
 
 def evaluate(
-    plan: Plan, params: Any, cfg: ej.ModelConfig, teacher: Any
+    plan: Plan,
+    params: Any,
+    cfg: ej.ModelConfig,
+    teacher: Any,
+    *,
+    teacher_cfg: ej.ModelConfig | None = None,
 ) -> dict[str, Any]:
-    """One model by the task's own measure, and its KL from the parent `teacher`."""
+    """One model by the task's own measure, and its KL from `teacher`.
+
+    Args:
+      teacher_cfg: of the teacher; None is the parent's.
+    """
     source, count = plan.task.data["evaluation"], plan.values["orders"]["rows"]
     every = max(1, len(source) // count)
     examples = [source[i] for i in range(0, min(every * count, len(source)), every)]
-    found = [
-        _kl_from_parent(rows, teacher, params, plan.cfg, cfg)
-        for rows in stacked(examples, plan.values["calibration"]["batch"])
-    ]
-    weight = sum(weight for _, weight in found)
-    kl = sum(float(kl * weight) for kl, weight in found) / float(weight)
-    return plan.task.evaluate(params, cfg) | {"kl": max(kl, 0.0)}  # rounding
+    batches = stacked(examples, plan.values["calibration"]["batch"])
+    kl = _kl(plan, teacher, params, cfg, batches, teacher_cfg=teacher_cfg)
+    return plan.task.evaluate(params, cfg) | {"kl": kl}
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _kl_from_parent(rows, teacher, params, teacher_cfg, cfg):
-    """The mean over a batch, and its weight."""
-    tokens, segment_ids = rows["tokens"], rows["segment_ids"]
-    hidden = ej.hidden_states(params, tokens, cfg, segment_ids=segment_ids)
-    taught = ej.hidden_states(teacher, tokens, teacher_cfg, segment_ids=segment_ids)
-    mean = distillation_loss(
-        hidden, params["lm_head"], taught, teacher["lm_head"], weights=rows["weights"]
-    )
-    return mean, jnp.sum(rows["weights"])
+def _kl(plan: Plan, teacher, params, cfg, batches, *, teacher_cfg=None) -> float:
+    """KL from the parent, if no other teacher is given."""
+    whole = teacher_cfg or plan.cfg
+    return objectives.divergence(teacher, params, cfg, batches, teacher_cfg=whole)
+
+
+def sliced(plan: Plan, params: Any, counts: ej.Counts) -> tuple[Any, ej.ModelConfig]:
+    """A submodel of the parent's shape, and its configuration."""
+    cfg = ej.slice_config(plan.cfg, counts)
+    return ej.slice_params(params, ej.param_specs(plan.cfg), counts), cfg
 
 
 def _tuples(kept: Mapping[str, Any]) -> dict[str, Any]:

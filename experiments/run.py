@@ -28,10 +28,10 @@ import elastic_jax as ej  # noqa: E402
 from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
 from elastic_jax.budgets import not_nested, relative_targets  # noqa: E402
 from elastic_jax.manifest import plain  # noqa: E402
-from experiments import control, pipeline, settings  # noqa: E402
+from experiments import control, pipeline, quantization, settings  # noqa: E402
 
 # What may change between runs in one workdir: measurements, and no weights they are of.
-MEASURED = ("controls", "control")
+MEASURED = ("controls", "control", "quantization")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment's file")
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is kept")
@@ -122,6 +122,8 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     if plan.values["control"]["caps"]:
         with workdir.phase("control", "thinking and answering"):
             control.measure(plan, workdir, nested, allow_changes=allow)
+    if plan.values["quantization"]["arms"]:
+        quantization.measure(plan, workdir, nested, allow_changes=allow)
     divergence = {
         "main": pipeline.divergences(
             plan, workdir, "elastic", nested, state.params, counts
@@ -141,7 +143,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
                 plan, workdir, arm, shuffled, trained.params, counts
             )
             for row in budgets:
-                small, cfg = _sliced(plan, trained.params, counts[row["name"]])
+                small, cfg = pipeline.sliced(plan, trained.params, counts[row["name"]])
                 row["random_values"].append(plan.task.evaluate(small, cfg)["value"])
     results = {
         "identity": name,
@@ -183,6 +185,8 @@ def _report(workdir, results) -> None:
     report.write_report(workdir.path, shown)
     if results["identity"]["control"]["caps"]:
         control.report(workdir)
+    if results["identity"]["quantization"]["arms"]:
+        quantization.report(workdir)
 
 
 def _evaluated(plan, path, counts, nested) -> list[dict]:
@@ -193,7 +197,7 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
     for (name, budget), target in zip(plan.budgets, targets, strict=True):
         kept = counts[name]
         small, cfg = opened.restore(name)
-        untrained, _ = _sliced(plan, nested, kept)
+        untrained, _ = pipeline.sliced(plan, nested, kept)
         before = pipeline.evaluate(plan, untrained, cfg, nested)
         cost = ej.cost(specs, plan.cfg, counts=kept)
         ratio = budget.ratio(specs, caches, plan.cfg, counts=kept)
@@ -213,11 +217,6 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
         said = measure.form(rows[-1]["value"])
         pipeline.console.print(f"{name}: {said} {measure.name}")
     return rows
-
-
-def _sliced(plan, params, counts):
-    cfg = ej.slice_config(plan.cfg, counts)
-    return ej.slice_params(params, ej.param_specs(plan.cfg), counts), cfg
 
 
 def _alarms(rows) -> dict[str, int]:

@@ -54,7 +54,8 @@ FLOORS = (
     (
         *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
-        *("convert", "request", "serving", "latency", "report", "control_report"),
+        *("convert", "request", "serving", "latency"),
+        *("report", "control_report", "quantization_report"),
     ),
     ("__main__",),
 )
@@ -72,7 +73,7 @@ DOORS = {
     "tokenizers": {"tokenizer"},
     "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
-    "matplotlib": {"report", "control_report"},
+    "matplotlib": {"report", "control_report", "quantization_report"},
     "rich": {"__main__"},
     "torch": set(),
     "triton": set(),

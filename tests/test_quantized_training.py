@@ -141,7 +141,7 @@ def test_the_loss_is_that_of_the_slice_that_is_stored(
     ]
     np.testing.assert_allclose(loss, mean_kl(*pair, batch["weights"]), rtol=1e-4)
     if teacher == "parent":
-        got = divergence(elastic.teacher, stored, CFG, COUNTS["small"], [batch])
+        got = divergence(taught, small, cfg, [batch], teacher_cfg=taught_cfg)
         np.testing.assert_allclose(got, loss, rtol=1e-4)
 
 
