@@ -55,6 +55,11 @@ SUFFIXES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 }
 RECIPROCAL = ("weight_global_scale", "input_global_scale")
 SCALARS = ("scale", "input_scale")
+# What engines hold as one module: the routed experts, queries with keys and values.
+TOGETHER = (
+    ("experts.{expert}", ("up_proj", "down_proj")),
+    ("mixer", ("q_proj", "k_proj", "v_proj")),
+)
 SCALAR_SHAPE = {MODELOPT: (), COMPRESSED: (1,)}
 
 
@@ -228,6 +233,19 @@ def notes(stored: Mapping[str, Stored], scheme: str) -> tuple[str, ...]:
             "transformers 5.23 leaves out the global scale of routed experts in NVFP4, "
             "so they come out wrong: there, use --dequantize"
         )
+    for within, together in TOGETHER:
+        kinds: dict[str, list[Stored]] = {}
+        for name, how in stored.items():
+            module, _, last = name.removesuffix(".weight").rpartition(".")
+            if last in together and module.endswith(f".{within}"):
+                kinds.setdefault(module, []).append(how)
+        odd = [m for m, k in kinds.items() if len(k) < len(together) or len({*k}) > 1]
+        if odd:
+            where = odd[0].removesuffix(".{expert}")
+            found.append(
+                f"vLLM takes {', '.join(together)} of a block in one format; they "
+                f"differ in {where} and {len(odd) - 1} more"
+            )
     return tuple(found)
 
 

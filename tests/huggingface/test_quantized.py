@@ -395,6 +395,18 @@ def test_what_engines_need_is_said(trees, tmp_path):
     assert "transformers" in note and "--dequantize" in note
 
 
+def test_what_engines_hold_as_one_module_is_in_one_format(tmp_path):
+    rules = (("moe/up", "fp8"), ("attention/q", "fp8"))
+    recipe = ej.Recipe("nvfp4", rules)
+    params = ej.quantize(random_params(), SPECS, CFG, recipe)
+    for scheme in ("modelopt", "compressed-tensors"):
+        said = ej.to_hf(tmp_path / scheme, params, CFG, format=scheme)
+        assert any("up_proj, down_proj" in s and "layers.1.mixer" in s for s in said)
+        assert any("q_proj, k_proj, v_proj" in s and "layers.3" in s for s in said)
+        assert_same(ej.from_hf(tmp_path / scheme)[0]["layers"][1]["up"].values,
+                    params["layers"][1]["up"].values)  # fmt: skip
+
+
 # ------------------------------------------------------------- plain, and other readers
 
 
