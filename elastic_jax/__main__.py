@@ -63,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=lambda given: _inspect(given.checkpoint))
 
     reader = commands.add_parser("import", help="Hugging Face -> nested checkpoint")
-    reader.add_argument("directory", help="config.json and safetensors")
+    reader.add_argument(
+        "directory",
+        help="config.json and safetensors, in BF16 or quantized to FP8 and NVFP4",
+    )
     reader.add_argument("checkpoint", help="nested checkpoint to write")
     reader.add_argument(
         "--budget",
@@ -75,18 +78,36 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument(
         "--allow-nonfinite",
         action="store_true",
-        help="take NaN, infinite and dead weights all the same",
+        help="take NaN, infinite and dead weights and scales all the same",
     )
     reader.set_defaults(run=_import)
 
     writer = commands.add_parser("export", help="submodel -> Hugging Face")
     writer.add_argument("checkpoint", help="nested checkpoint to read")
     writer.add_argument("directory", help="Hugging Face directory to write")
-    writer.add_argument("--dtype", choices=DTYPES, help="cast; default: as stored")
+    writer.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="cast what is not quantized; default: as stored",
+    )
     writer.add_argument(
         "--uniform",
         action="store_true",
         help="fill blocks of differing widths up with zeros, where that is exact",
+    )
+    quantized = writer.add_mutually_exclusive_group()
+    quantized.add_argument(
+        "--format",
+        choices=("modelopt", "compressed-tensors"),
+        help="layout of quantized weights: NVIDIA's, for vLLM, SGLang and TensorRT-LLM "
+        "(default), or the one that transformers reads too",
+    )
+    quantized.add_argument(
+        "--dequantize",
+        dest="format",
+        action="store_const",
+        const="plain",
+        help="write quantized weights as plain ones, for what reads only those",
     )
     writer.set_defaults(run=_export)
 
@@ -279,6 +300,7 @@ def _export(given) -> list[str]:
             given.directory,
             given.budget and convert.parse_budget_or_counts(given.budget),
             dtype=given.dtype and DTYPES[given.dtype],
+            format=given.format or "modelopt",
             pad_to_uniform=given.uniform,
             overwrite=given.force,
             progress=progress,
