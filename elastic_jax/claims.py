@@ -378,9 +378,27 @@ def _orders(rows: Rows) -> Iterator[Cell]:
 # ------------------------------------------------------------------------ 8. memory
 
 
+# GiB of Nemotron 3 Nano, where the published figure stands for the same thing.
+PUBLISHED_GIB = {"bf16": 58.9, "fp8": 31.4, "nvfp4": 18.7}
+PUBLISHED_SEPARATE_GIB = 126.1
+
+
 def _memory(rows: Rows) -> Iterator[Finding]:
     for row in rows:
         nested, apart = row["found"]["nested"], row["found"]["separate"]
+        if row["arm"] != "toy":
+            each = {
+                f"one nested checkpoint, {format.upper()}": (n, PUBLISHED_GIB[format])
+                for format, n in nested.items()
+            }
+            whole = sum(apart.values()), PUBLISHED_SEPARATE_GIB
+            each[f"{len(apart)} separate ones, BF16"] = whole
+            for what, (n, published) in each.items():
+                yield Finding(
+                    f"{row['arm']}: {what} (published {published})",
+                    exactly(n / 2**30),
+                    unit="GiB",
+                )
         share = nested["bf16"] / sum(apart.values())
         yield Finding(
             f"{row['arm']}: one nested checkpoint / {len(apart)} separate ones, BF16",

@@ -89,10 +89,10 @@ def _head(every: Mapping[str, Sequence]) -> str:
     text = (
         "# The claims, reproduced small\n\n"
         "Every number here comes from the lines beside this page, one per arm and "
-        "seed; no word of a verdict is written by hand. *Shown* and *refuted* need the whole "
-        "95% interval on one side of what was asked; anything else is *not decided*, "
-        "and what was asked is not moved. ± is half of that interval: the larger of "
-        "the one between seeds (Student's t) and the one between problems."
+        "seed; no word of a verdict is written by hand. *Shown* and *refuted* need the "
+        "whole 95% interval on one side of what was asked; anything else is *not "
+        "decided*, and what was asked is not moved. ± is half of that interval: the "
+        "larger of the one between seeds (Student's t) and the one between problems."
     )
     if any(row["smoke"] for rows in every.values() for row in rows):
         text += "\n\n> A smoke run: it shows that everything works; "
@@ -147,7 +147,9 @@ def _section(name: str, claim: Claim, rows: Sequence[Mapping]) -> Iterator[str]:
             "verdict": lambda f: f.verdict,
         },
     )
-    caption = f"{claim.axis[0].upper()}{claim.axis[1:]}, with 95% intervals"
+    caption = f"{claim.axis[0].upper()}{claim.axis[1:]}"
+    if any(cell.found and cell.found.half for cell in claim.cells(rows)):
+        caption += ", with 95% intervals"
     yield f"![{caption}]({name}.png)\n\n{caption}."
     yield _table(claim, rows)
     yield f"Scope: {claim.scope}"
@@ -188,8 +190,8 @@ def _origin(command: str, rows: Sequence[Mapping]) -> str:
     return (
         f"`{command}`: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit "
         f"{listed(commits)}, {listed(devices)}, {listed(sorted(versions))}; "
-        f"{len(rows)} lines, {_spent(rows)} in all, with the parent where it was not there yet; "
-        f"evaluation: {problems}."
+        f"{len(rows)} lines, {_spent(rows)} in all, with the parent where it was "
+        f"not there yet; evaluation: {problems}."
     )
 
 
@@ -222,6 +224,7 @@ def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
         ax.set_xticks(range(len(groups)), groups, **tilted)
     if claim.unit == "percent":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_ylim(bottom=0)  # no unit has values below
     ax.set_ylabel(claim.axis)
     figure.legend(loc="outside upper center", ncols=4)
     return figure

@@ -41,7 +41,10 @@ class Start:
     def __init__(
         self, plan: Plan, root: pathlib.Path, claim: str, *, balanced: bool = False
     ):
-        self.plan, self.root, self.claim = plan, root, claim
+        # Claims that share what they train have titles of their own.
+        values = {k: v for k, v in plan.values.items() if k != "title"}
+        self.plan = dataclasses.replace(plan, values=values)
+        self.root, self.claim = root, claim
         self.asked: Mapping[str, Any] = plan.values["claim"]
         trained_in = self.asked.get("trained_in", claim)
         self.workdir = pipeline.Workdir(root / "trained" / trained_in)

@@ -7,6 +7,7 @@ tokens: more short problems, long ones with all budgets equally often, or long o
 with the published weights, which favour the full model.
 """
 
+from experiments.configs.base import stage
 from experiments.configs.claims import base
 
 
@@ -26,4 +27,4 @@ def get_config():
 
 
 def _stage(**changes):
-    return base.stage(router="frozen", **changes)
+    return stage(router="frozen", **changes)
