@@ -181,7 +181,7 @@ def _ordered(choices) -> bool:
 
 
 def _unchanged(choices) -> bool:
-    half = choices["steps"][0]["step"] - 1 + choices["total_steps"] / 2
+    half = choices["total_steps"] / 2
     late = [step["counts"] for step in choices["steps"] if step["step"] >= half]
     return all(counts == late[-1] for counts in late)
 
@@ -274,7 +274,7 @@ def _control(rows: Rows) -> Iterator[Finding]:
     for stage in ends:
         for pair in ("S->L", "L->S"):
             both = [
-                point
+                list(map(list, point.right))
                 for how in ("transplant", "reprefill")
                 for point in points
                 if (point.stage, point.pair, point.hand_over, point.cap)
@@ -282,7 +282,7 @@ def _control(rows: Rows) -> Iterator[Finding]:
             ]
             asked = ASKED["transplant under reading again"]
             decides = stage == ends[-1] and pair == "S->L"
-            found = difference(*(list(map(list, p.right)) for p in both))
+            found = difference(*both) if len(both) == 2 else None
             yield Finding(
                 f"{pair} by transplant minus by reading again, after `{stage}`",
                 found,
