@@ -12,7 +12,7 @@ from elastic_jax.budgets import relative_targets
 from elastic_jax.router import blend, probabilities
 from experiments.arms.start import Start
 
-GRID = 400  # blends to ask for
+GRID = 200  # blends to ask for
 
 
 def arms(start: Start, seed: int) -> tuple[str, ...]:
@@ -38,16 +38,19 @@ def sizes_between(start: Start, least: int) -> list[ej.Counts]:
     router, learned, trained = start.router
     targets = relative_targets(start.plan.budgets, specs, cfg)
     known, found = {tuple(sorted(c.items())) for c in trained.values()}, {}
-    for ratio in np.linspace(targets[-1], targets[0], GRID):
-        pi = probabilities(router.apply(learned, blend(targets, ratio)), 1.0, 1.0)
-        upper = max(i for i, target in enumerate(targets) if target >= ratio)
+    ratios = np.linspace(targets[-1], targets[0], GRID)
+    blends = np.stack([blend(targets, ratio) for ratio in ratios])
+    shares = probabilities(router.apply(learned, blends), 1.0, 1.0)
+    shares = {axis: np.asarray(each) for axis, each in shares.items()}
+    for i, ratio in enumerate(ratios):
+        upper = max(j for j, target in enumerate(targets) if target >= ratio)
         lower = min(upper + 1, len(targets) - 1)
-        ends = [list(trained.values())[i] for i in (lower, upper)]
+        ends = [list(trained.values())[j] for j in (lower, upper)]
         kept = {}
         for axis, options in router.elastic.choices:
             step = AXES[axis].step
-            mean = round(float(np.dot(pi[axis], options)) / step) * step
-            kept[axis] = int(np.clip(mean, ends[0][axis], ends[1][axis]))
+            mean = round(float(np.dot(shares[axis][i], options)) / step) * step
+            kept[axis] = int(np.clip(mean, *sorted(end[axis] for end in ends)))
         if tuple(sorted(kept.items())) not in known:
             found[tuple(sorted(kept.items()))] = ej.counts(cfg, **kept)
     if len(found) < least:  # blends that jump: all of the boxes between neighbours
@@ -67,10 +70,10 @@ def _boxes(cfg, trained, known) -> dict[tuple, ej.Counts]:
     """All counts that lie, on every axis, between two neighbours."""
     found = {}
     for large, small in itertools.pairwise(trained):
-        ranges = {
-            axis: range(small[axis], n + 1, AXES[axis].step)
-            for axis, n in large.items()
-        }
+        ranges = {}
+        for axis, step in ((axis, AXES[axis].step) for axis in large):
+            low, high = sorted((small[axis], large[axis]))
+            ranges[axis] = range(low, high + 1, step)
         for sizes in itertools.product(*ranges.values()):
             kept = dict(zip(ranges, sizes, strict=True))
             if tuple(sorted(kept.items())) not in known:

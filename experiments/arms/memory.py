@@ -1,5 +1,6 @@
 """Bytes of one nested checkpoint and of separate ones, on disk and by accounting."""
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,8 +38,8 @@ def on_disk(start: Start) -> dict[str, Any]:
     for name in start.counts:
         alone = start.workdir.path / f"separate-{name}"
         convert.slice_nested(path, alone, name, overwrite=True)
-        separate[name] = ej.open_nested(alone).size_bytes
-    return {"nested": {"bf16": ej.open_nested(path).size_bytes}, "separate": separate}
+        separate[name] = _size_bytes(alone)
+    return {"nested": {"bf16": _size_bytes(path)}, "separate": separate}
 
 
 def accounted(family) -> dict[str, Any]:
@@ -54,3 +55,8 @@ def accounted(family) -> dict[str, Any]:
         for name, sizes in family.items()
     }
     return {"nested": nested, "separate": separate}
+
+
+def _size_bytes(path: pathlib.Path) -> int:
+    """Of all files: arrays, scores, metadata."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

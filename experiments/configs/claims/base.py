@@ -47,6 +47,7 @@ def get_config(title: str, **claim):
             },
             "calibration": {"rows": 8, "batch": 8},
             "orders": {"random": 2, "rows": 8},
+            "budgets": {"names": ("full", "small"), "targets": (1.0, 0.58)},
             "stages": {"short": dict(SMOKE_STAGE)},
             "evaluation": {"examples": 8},
             "claim": {"seeds": 2},

@@ -15,5 +15,5 @@ def get_config():
         trained_in="nested",
         sizes=16,
     )
-    config.when_smoke.claim.sizes = 3
+    config.when_smoke.claim.sizes = 2
     return config

@@ -23,6 +23,7 @@ def get_config():
     config.when_smoke.stages = {
         name: dict(base.SMOKE_STAGE) for name in config.stages.names
     }
+    config.when_smoke.stages.weighted.sampling = (0.7, 0.3)
     return config
 
 
