@@ -18,17 +18,13 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
     asked = start.plan.values["control"]
     about = {"large": asked["budgets"][0], "small": asked["budgets"][1]}
     for arm in control.arms(*asked["budgets"], asked["hand_overs"]):
-        own = [
-            row
-            for row in found["rows"]
-            if _named(control.Arm(*_of(row))) == _named(arm)
-        ]
         if _named(arm) in missing:
+            own = [row for row in found["rows"] if _arm(row) == arm]
             yield _named(arm), about | {"rows": own}
 
 
-def _of(row):
-    return row["think"], row["answer"], row["hand_over"]
+def _arm(row) -> control.Arm:
+    return control.Arm(row["think"], row["answer"], row["hand_over"])
 
 
 def _named(arm: control.Arm) -> str:
