@@ -180,7 +180,7 @@ def test_balancing_moves_tokens_to_idle_experts():
         name="parent", context=96, batch=4, micro_batch=4, learning_rate=0.02, steps=40
     )
     batches = pipeline.calibration_batches(plan, 4)
-    rows = {k: jnp.asarray(v[:4]) for k, v in batches[0].items()}
+    rows = {k: v[:4] for k, v in batches[0].items()}
     params = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), cfg)
     bias = jnp.where(jnp.arange(cfg.experts) < 2, 0.5, 0.0)
     layers = tuple(
