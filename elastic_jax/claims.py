@@ -16,9 +16,12 @@ from elastic_jax.verdicts import (
     Finding,
     Row,
     accuracy,
+    at_all,
     closed,
+    combined,
     difference,
     exactly,
+    mean,
     of_seeds,
     ratio,
     right,
@@ -106,12 +109,12 @@ def _nested(rows: Rows) -> Iterator[Finding]:
         asked = ASKED["nested over separate at small"] if "third" in arm else None
         yield Finding(
             f"nested minus {arm}, at `{small}`",
-            difference(at("nested", small), at(arm, small)),
+            difference(at("nested", small), _repeated(rows, arm, small)),
             asked,
         )
     yield Finding(
         "nested `full` minus its parent",
-        difference(at("nested", "full"), at("parent", "full")),
+        difference(at("nested", "full"), _repeated(rows, "parent", "full")),
         ASKED["full under its parent"],
     )
     work = {row["arm"]: row["found"]["work"] for row in rows if "work" in row["found"]}
@@ -124,6 +127,14 @@ def _nested(rows: Rows) -> Iterator[Finding]:
         least=False,
         unit="ratio",
     )
+
+
+def _repeated(rows: Rows, arm: str, budget: str):
+    """An arm's answers; those that no training seed changes stand for all seeds."""
+    ours = right(rows, arm, budget)
+    if arm not in ("parent", "untrained"):
+        return ours
+    return at_all(right(rows, "nested", budget), ours)
 
 
 # ------------------------------------------------------------------------ 2. router
@@ -146,16 +157,15 @@ def _router(rows: Rows) -> Iterator[Finding]:
         each = {arm: right(rows, arm, budget) for arm in fixed}
         each = {arm: found for arm, found in each.items() if found}
         if each:
-            best = max(each, key=lambda arm: fronts.mean(each[arm]))
-            same = zip(*each.values(), strict=False)
-            mean = [[statistics.fmean(p) for p in zip(*s, strict=True)] for s in same]
+            best = max(each, key=lambda arm: mean(each[arm]))
+            middle = combined(lambda *p: statistics.fmean(p), *each.values())
             yield Finding(
                 f"learned minus the best fixed shape, `{best}`, at `{budget}`",
                 difference(ours, each[best]),
             )
             yield Finding(
                 f"learned minus the mean of {len(each)} fixed shapes, at `{budget}`",
-                difference(ours, mean),
+                difference(ours, middle),
             )
         yield Finding(
             f"learned minus the same sizes in a random order, at `{budget}`",
@@ -274,7 +284,7 @@ def _control(rows: Rows) -> Iterator[Finding]:
     for stage in ends:
         for pair in ("S->L", "L->S"):
             both = [
-                list(map(list, point.right))
+                dict(enumerate(point.right))
                 for how in ("transplant", "reprefill")
                 for point in points
                 if (point.stage, point.pair, point.hand_over, point.cap)
@@ -321,7 +331,7 @@ def _points(rows: Rows) -> list[fronts.Point]:
 
 def _pairs(rows: Rows) -> Iterator[Cell]:
     for point in _points(rows):
-        found = accuracy(list(map(list, point.right)))
+        found = accuracy(dict(enumerate(point.right)))
         yield Cell(f"{point.name}, at most {point.cap} tokens", point.stage, found)
 
 
@@ -463,10 +473,10 @@ def _sizes(rows: Rows) -> Iterator[Cell]:
             for name, each in row["found"][part].items()
         }
         for name, n in sorted(params.items(), key=lambda item: -item[1]):
-            marks = [
-                [float(m) for m in row["found"][part][name]["right"]]
-                for row in sorted(rows, key=lambda row: row["seed"])
-            ]
+            marks = {
+                row["seed"]: [float(m) for m in row["found"][part][name]["right"]]
+                for row in rows
+            }
             share = n / full
             yield Cell(f"{share:.1%} ({name})", called, accuracy(marks), share)
             if part == "between":

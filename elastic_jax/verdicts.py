@@ -14,7 +14,7 @@ from elastic_jax import fronts
 from elastic_jax.tables import NONE
 
 Row = Mapping[str, Any]
-Right = list[list[float]]  # [seed][problem]
+Right = Mapping[int, Sequence[float]]  # seed -> one number per problem
 
 SHOWN, REFUTED, OPEN, ASIDE = "shown", "refuted", "not decided", "measured only"
 
@@ -110,12 +110,12 @@ def right(
     budget: str,
     steps: Callable[[int], bool] | None = None,
 ) -> Right | None:
-    """What an arm answered at a budget, seed by seed; None where it was not measured.
+    """What an arm answered at a budget, by seed; None where it was not measured.
 
     Args:
       steps: of the problems that count; None are all.
     """
-    found = []
+    found = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         if row["arm"] == arm and budget in row["found"].get("budgets", {}):
             marks = [float(m) for m in row["found"]["budgets"][budget]["right"]]
@@ -127,40 +127,50 @@ def right(
                     for i, mark in enumerate(marks)
                     if steps(asked["min_steps"] + i % span)
                 ]
-            found.append(marks)
+            found[row["seed"]] = marks
     return found or None
 
 
 def accuracy(ours: Right | None) -> Estimate | None:
     """The share of right answers."""
-    return None if ours is None else Estimate(fronts.mean(ours), _interval(ours))
+    return None if ours is None else Estimate(mean(ours), _interval(ours))
+
+
+def mean(values: Right) -> float:
+    """Over problems and seeds."""
+    return fronts.mean(list(values.values()))
+
+
+def at_all(seeds: Right | None, ours: Right | None) -> Right | None:
+    """What was measured once, because it has no seed, as if at all of `seeds`."""
+    if seeds is None or ours is None:
+        return None
+    (only,) = ours.values()
+    return dict.fromkeys(seeds, only)
 
 
 def difference(ours: Right | None, theirs: Right | None) -> Estimate | None:
     """How much more is right, problem by problem."""
-    if ours is None or theirs is None:
-        return None
-    apart = _combined(lambda a, b: a - b, ours, theirs)
-    return Estimate(fronts.mean(apart), _interval(apart))
+    apart = combined(lambda a, b: a - b, ours, theirs)
+    return accuracy(apart)
 
 
 def ratio(above: Right | None, below: Right | None) -> Estimate | None:
     """Mean over mean; chance by what each problem adds to it (the delta method)."""
-    if above is None or below is None or not fronts.mean(below):
+    above = combined(lambda a, _: a, above, below)  # at the seeds of both
+    below = combined(lambda _, b: b, above, below)
+    if above is None or not mean(below):
         return None
-    value = fronts.mean(above) / fronts.mean(below)
-    apart = _combined(lambda a, b: a - value * b, above, below)
-    half = _interval(apart)
-    return Estimate(value, None if half is None else half / abs(fronts.mean(below)))
+    value = mean(above) / mean(below)
+    half = _interval(combined(lambda a, b: a - value * b, above, below))
+    return Estimate(value, None if half is None else half / abs(mean(below)))
 
 
 def closed(ours: Right | None, low: Right | None, high: Right | None):
     """The share of the way from `low` to `high` that `ours` has gone."""
-    if None in (ours, low, high):
-        return None
     return ratio(
-        _combined(lambda a, b: a - b, ours, low),
-        _combined(lambda a, b: a - b, high, low),
+        combined(lambda a, b: a - b, ours, low),
+        combined(lambda a, b: a - b, high, low),
     )
 
 
@@ -176,14 +186,18 @@ def exactly(value: float | None) -> Estimate | None:
     return None if value is None else Estimate(value, 0.0)
 
 
-def _combined(join, first: Right, second: Right) -> Right:
-    """Of every problem of every seed; what was measured once stands for all seeds."""
-    seeds = max(len(first), len(second))
-    both = (each * seeds if len(each) == 1 else each for each in (first, second))
-    pairs = zip(*both, strict=True)
-    return [[join(a, b) for a, b in zip(*p, strict=True)] for p in pairs]
+def combined(join: Callable[..., float], *each: Right | None) -> Right | None:
+    """Joins what every problem has, at the seeds that all of `each` have."""
+    if any(values is None for values in each):
+        return None
+    seeds = [seed for seed in each[0] if all(seed in values for values in each)]
+    joined = {
+        seed: [join(*p) for p in zip(*(values[seed] for values in each), strict=True)]
+        for seed in seeds
+    }
+    return joined or None
 
 
 def _interval(values: Right) -> float | None:
     """Of one seed only, chance between seeds is not known, and so none is stated."""
-    return fronts.interval(values) if len(values) > 1 else None
+    return fronts.interval(list(values.values())) if len(values) > 1 else None

@@ -46,23 +46,22 @@ def test_without_rows_nothing_is_decided():
 
 def test_problems_are_told_apart_by_their_steps():
     rows = [row("a", 1, "110100"), row("a", 0, "000111"), row("b", 0, "111111")]
-    assert verdicts.right(rows, "a", "small") == [
-        [0, 0, 0, 1, 1, 1],  # by seed, in their order
-        [1, 1, 0, 1, 0, 0],
-    ]
+    assert verdicts.right(rows, "a", "small") == {
+        0: [0, 0, 0, 1, 1, 1],
+        1: [1, 1, 0, 1, 0, 0],
+    }
     # Steps go 2, 3, 4, 2, 3, 4.
-    assert verdicts.right(rows, "a", "small", lambda n: n == 2) == [[0, 1], [1, 1]]
-    assert verdicts.right(rows, "a", "small", lambda n: n > 2) == [
-        [0, 0, 1, 1],
-        [1, 0, 0, 0],
-    ]
+    two = verdicts.right(rows, "a", "small", lambda n: n == 2)
+    assert two == {0: [0, 1], 1: [1, 1]}
+    more = verdicts.right(rows, "a", "small", lambda n: n > 2)
+    assert more == {0: [0, 0, 1, 1], 1: [1, 0, 0, 0]}
     assert verdicts.right(rows, "a", "full") is None
     assert verdicts.right(rows, "c", "small") is None
 
 
 def test_differences_are_paired_and_repeat_what_was_measured_once():
-    ours, theirs = [[1.0, 1, 0, 1], [1, 0, 0, 1]], [[1.0, 0, 0, 1]]
-    found = verdicts.difference(ours, theirs)
+    ours, once = {0: [1.0, 1, 0, 1], 1: [1.0, 0, 0, 1]}, {0: [1.0, 0, 0, 1]}
+    found = verdicts.difference(ours, verdicts.at_all(ours, once))
     apart = [[0, 1, 0, 0], [0, 0, 0, 0]]
     assert found.value == statistics.fmean([1 / 4, 0])
     assert found.half == fronts.interval(apart)
@@ -70,10 +69,13 @@ def test_differences_are_paired_and_repeat_what_was_measured_once():
     # Alike on every problem: chance is what as many problems cannot exclude.
     same = verdicts.difference(ours, ours)
     assert (same.value, same.half) == (0.0, 3 / 4)
+    # Seeds that one of them lacks, as while a claim still runs, do not count.
+    assert verdicts.difference(ours, once) == Estimate(0.25, None)
+    assert verdicts.difference(ours, {2: [1.0] * 4}) is None
 
 
 def test_one_seed_states_no_chance():
-    assert verdicts.accuracy([[1.0, 0.0]]) == Estimate(0.5, None)
+    assert verdicts.accuracy({0: [1.0, 0.0]}) == Estimate(0.5, None)
     assert verdicts.of_seeds([0.5]).half is None
     assert verdicts.of_seeds([]) is None
 
@@ -83,15 +85,16 @@ def test_a_ratio_and_a_closed_gap_cover_what_is_true():
     draw, covered, closed = random.Random(0), 0, 0
     for _ in range(100):
         seeds = range(4)
-        high = [[float(draw.random() < 0.9) for _ in range(200)] for _ in seeds]
-        ours = [[float(draw.random() < 0.8) for _ in range(200)] for _ in seeds]
-        low = [[float(draw.random() < 0.5) for _ in range(200)] for _ in seeds]
+        high, ours, low = (
+            {s: [float(draw.random() < p) for _ in range(200)] for s in seeds}
+            for p in (0.9, 0.8, 0.5)
+        )
         found = verdicts.ratio(ours, high)
         covered += abs(found.value - 8 / 9) <= found.half
         gap = verdicts.closed(ours, low, high)
         closed += abs(gap.value - 0.75) <= gap.half
     assert covered >= 90 and closed >= 90
-    assert verdicts.ratio([[1.0]], [[0.0]]) is None
+    assert verdicts.ratio({0: [1.0]}, {0: [0.0]}) is None
 
 
 def test_estimates_are_written_with_their_unit():
