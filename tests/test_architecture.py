@@ -57,7 +57,7 @@ FLOORS = (
         *("convert", "post_training", "request", "serving", "latency"),
         *("report", "control_report", "quantization_report"),
     ),
-    ("__main__",),
+    ("console", "__main__"),
 )
 ALONE = {
     *("layers.attention", "layers.mlp", "layers.moe"),
@@ -74,7 +74,7 @@ DOORS = {
     "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"report", "control_report", "quantization_report"},
-    "rich": {"__main__"},
+    "rich": {"console"},
     "torch": set(),
     "triton": set(),
     "ml_collections": set(),
