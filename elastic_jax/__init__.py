@@ -40,6 +40,8 @@ _ON_FIRST_USE = {
     "importance": "importance",
     "depth_importance": "importance",
     "calibrate": "importance",
+    "input_statistics": "calibration",
+    "quantization_errors": "quantization_error",
     "Router": "router",
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",

@@ -26,6 +26,7 @@ from rich.table import Table
 import elastic_jax as ej
 from elastic_jax import convert
 from elastic_jax.nesting import full_counts
+from elastic_jax.quantize import size_bytes
 from elastic_jax.request import Reply, Request, parse_request
 from elastic_jax.serving import Timing, open_server
 from elastic_jax.tables import format_bytes, format_count, format_share
@@ -354,8 +355,8 @@ def _budgets(nested) -> Table:
     cfg, specs = nested.cfg, ej.param_specs(nested.cfg)
     whole = full_counts(cfg)
     parent = ej.cost(specs, cfg)
-    headings = ("name", "counts", "total", "active", "of parent", "in bf16")
-    table = _table("budgets", *headings, numbers=4)
+    headings = ("name", "counts", "total", "active", "of parent", "in bf16", "stored")
+    table = _table("budgets", *headings, numbers=5)
     for name, counts in {"parent": None, **nested.budgets}.items():
         cost = ej.cost(specs, cfg, counts=counts)
         cut = {a: n for a, n in (counts or {}).items() if n != whole.get(a)}
@@ -366,17 +367,24 @@ def _budgets(nested) -> Table:
             format_count(cost.active_params),
             format_share(cost.active_params / parent.active_params),
             format_bytes(cost.weight_bytes("bf16")),
+            format_bytes(size_bytes(nested.lazy(counts)[0])),
         )
     return table
 
 
 def _storage(nested) -> Table:
-    """How many arrays of which dtype; what they take on disk, all together."""
-    kinds = ((name.split(".")[0], dtype) for name, dtype in nested.dtypes.items())
-    table = _table("storage", "part", "dtype", "arrays", numbers=1)
-    for (part, dtype), number in sorted(collections.Counter(kinds).items()):
-        table.add_row(part, dtype, format_count(number))
-    table.caption = f"{format_bytes(nested.size_bytes)} on disk"
+    """How much of what is stored how; what it takes on disk, all together."""
+    table = _table("storage", "part", "stored in", "arrays", "size", numbers=2)
+    for row in nested.storage():
+        size, weights = row["bytes"], row["elements"]
+        bits = f", {8 * size / weights:.2f} bits a weight" if row["packed"] else ""
+        table.add_row(
+            row["part"],
+            f"{row['format']}{bits}",
+            format_count(row["arrays"]),
+            format_bytes(size),
+        )
+    table.caption = f"{format_bytes(nested.size_bytes)} on disk, compressed"
     return table
 
 

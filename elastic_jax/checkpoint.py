@@ -10,10 +10,10 @@ router, scores, a tokenizer's files, provenance) and `train` (the state of a run
 `saves.py`). The members of `manifest.json`:
 
     sha256    of the other members, as compact JSON with sorted keys
-    format    "elastic_jax"; version 1; kind "nested" or "train"
+    format    "elastic_jax"; version 1 or 2; kind "nested" or "train"
     folder    where the arrays are; a folder that no manifest names is a stray
     files     path in the folder -> bytes, for every file
-    arrays    name -> {"shape", "dtype", "chunks"}
+    arrays    name -> {"shape", "dtype", "chunks"}, and "per" in version 2
     record    what the kind adds: see `save_nested` and `saves.py`
 
 An array's name is its path: `params.layers.3.up`. It is stored in chunks of one
@@ -22,13 +22,17 @@ carries checksums of its own, and the manifest stands in for all other metadata:
 nothing is read that is not verified. Stock Orbax reads the folder too. Chunks are
 small, because a prefix reads up to one chunk past its end on every dimension.
 
-Room for quantized values: a parameter may become several arrays, one step deeper
-(`params.layers.3.up.values`, `.block_scales`, `.scale`), each of whose entries says
-`"per": {dim: units that one stored element spans}`, 2 for packed 4-bit values and 16
-for block scales, so that a prefix of n units is one of n / per elements. That will be
-version 2: a reader refuses a version, or a member, that it does not know.
+Quantized parameters make version 2. Each is several arrays, one step deeper
+(`params.layers.3.up.values`, `.scale`, `.block_scale`, `.input_scale`; see `parts.py`),
+in E4M3, or as the bytes that pack two E2M1 values. Entries of packed arrays say `"per":
+{dim: weights that one element spans}`, so a prefix of n units is one of n / per
+elements; `quantized` in the record says the format of each and the dtype that it is
+used in. Both are only believed where they agree with the arrows. A reader refuses a
+version, or a member, that it does not know.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,15 +42,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from elastic_jax import axes, nesting
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig, did_you_mean
+from elastic_jax.contents import (
+    Formats,
+    array_problems,
+    budget_problems,
+    formats_of,
+    layout,
+    origins,
+    stored_name,
+    tree_problems,
+)
 from elastic_jax.directories import appearing, locked
 from elastic_jax.lazy import LazyArray
 from elastic_jax.manifest import (
     MANIFEST,
-    array_name,
+    QUANTIZED,
     blaming,
     flat,
     foreign_entries,
@@ -55,7 +70,10 @@ from elastic_jax.manifest import (
     unflat,
 )
 from elastic_jax.model import param_specs
+from elastic_jax.parts import SCALES, invalid_scales, packed_axis, parts
+from elastic_jax.sharding import of_parts
 from elastic_jax.stored import StoredArrays, parallel, write_arrays
+from elastic_kernels import QuantArray
 
 
 def save_nested(
@@ -76,8 +94,8 @@ def save_nested(
     It appears as a whole or not at all: `path` holds what it held until the end.
 
     Args:
-      params: the parent in importance order, in any dtypes. Leaves may be `LazyArray`:
-        they are read one at a time.
+      params: the parent in importance order, in any dtypes. Leaves may be `LazyArray`,
+        those of a `QuantArray` too: they are read one at a time.
       budgets: name -> counts that were trained for, or that deserve a name.
       router: nested dicts and tuples of arrays.
       scores: axis -> array, or a tuple with one per block.
@@ -97,12 +115,16 @@ def save_nested(
     arrays = {}
     for root, tree in trees.items():
         arrays |= flat(tree, root)
+    formats = formats_of(params)
     record = {
         "config": cfg.to_dict(),
         "budgets": {name: dict(counts) for name, counts in budgets.items()},
         "provenance": dict(provenance or {}),
     }
-    problems = [*_problems(cfg, record["budgets"], arrays)]
+    if formats:
+        record[QUANTIZED] = formats
+    problems = [*tree_problems(params, cfg)]
+    problems = problems or [*_problems(cfg, record["budgets"], arrays, formats)]
     problems += [
         f"{root}: expected nested dicts and tuples, none of them empty"
         for root in ("router", "scores")
@@ -113,15 +135,15 @@ def save_nested(
 
     if path.is_dir() and (others := foreign_entries(path)):
         raise ValueError(f"{path} holds other files: {others[:5]}")
-    dims = {array_name("params", *p): spec.dims for p, spec in param_specs(cfg)}
+    expected = layout(cfg, formats)
     if not path.exists():
         with appearing(path) as partial:
-            write_arrays(partial, "nested", arrays, record, dims, on_bytes)
+            write_arrays(partial, "nested", arrays, record, expected, on_bytes)
         return
     with locked(path):
         if (path / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{path} is a checkpoint; use another path, or overwrite")
-        write_arrays(path, "nested", arrays, record, dims, on_bytes)
+        write_arrays(path, "nested", arrays, record, expected, on_bytes)
 
 
 def _given(files: Mapping[str, bytes] | None) -> Iterator[tuple[str, bytes]]:
@@ -142,6 +164,7 @@ class Nested:
       provenance: as it was saved.
       size_bytes: of the stored arrays, on disk.
       dtypes: name of each stored array, such as `params.layers.3.up` -> its dtype.
+      formats: name of each quantized parameter -> its format, such as `nvfp4`.
     """
 
     path: Path
@@ -150,7 +173,31 @@ class Nested:
     provenance: Mapping[str, Any]
     size_bytes: int
     dtypes: Mapping[str, str] = field(repr=False)
+    formats: Mapping[str, str] = field(repr=False)
+    _quantized: Formats = field(repr=False)
     _arrays: "StoredArrays" = field(repr=False)
+
+    def storage(self) -> list[dict[str, Any]]:
+        """What is stored how, in rows: no array is read.
+
+        Returns:
+          for each part (`params`, `router`, ...) and each format or dtype in it: how
+          many arrays, a quantized weight counting as one; their elements; `bytes`
+          before compression, scales included; and whether they are `packed`.
+        """
+        rows: dict[tuple, dict[str, Any]] = {}
+        for name, entry in self._arrays.entries.items():
+            whole, _, part = name.rpartition(".")
+            format = self.formats.get(whole)
+            key = (name.split(".")[0], format or entry["dtype"])
+            new = {"part": key[0], "format": key[1], "arrays": 0, "elements": 0}
+            row = rows.setdefault(key, {**new, "bytes": 0, "packed": bool(format)})
+            elements = math.prod(entry["shape"])
+            row["bytes"] += elements * jnp.dtype(entry["dtype"]).itemsize
+            if not format or part == "values":
+                row["arrays"] += 1
+                row["elements"] += elements * math.prod(entry.get("per", {}).values())
+        return [rows[key] for key in sorted(rows)]
 
     def router(self) -> Any:
         """The router's tree in numpy arrays, read now; None if there is none."""
@@ -166,14 +213,25 @@ class Nested:
         return {name: content.tobytes() for name, content in found.items()}
 
     def lazy(
-        self, budget: str | Mapping | None = None, *, dtype: Any = None
+        self,
+        budget: str | Mapping | None = None,
+        *,
+        dtype: Any = None,
+        allow_nonfinite: bool = False,
     ) -> tuple[Any, ModelConfig]:
         """As `restore`, in leaves that are read, and verified, when they are needed."""
-        leaves, cfg = self._leaves(budget, dtype)
-        read = lambda name, shape, kind: LazyArray(
-            shape, kind, lambda: self._arrays.prefix(name, shape, kind)
-        )
-        return axes.nest({path: read(*leaf) for path, leaf in leaves.items()}), cfg
+        stored, cfg = self._stored(budget, dtype)
+
+        def lazily(part: _Prefix) -> LazyArray:
+            def read() -> np.ndarray:
+                value = self._arrays.prefix(part.name, part.shape, part.dtype)
+                if part.is_scale and not allow_nonfinite:
+                    self._refuse({part.name: invalid_scales(value)})
+                return value
+
+            return LazyArray(part.shape, part.dtype, read)
+
+        return jax.tree.map(lazily, stored), cfg
 
     def restore(
         self,
@@ -181,45 +239,85 @@ class Nested:
         *,
         dtype: Any = None,
         shardings: Any = None,
+        allow_nonfinite: bool = False,
     ) -> tuple[Any, ModelConfig]:
         """Reads a submodel, no other bytes, and verifies every chunk on the way.
 
         Args:
           budget: the name of a budget, any counts, or None for the parent.
-          dtype: a floating dtype to cast to; None keeps what is stored.
+          dtype: a floating dtype to cast to; None keeps what is stored. Quantized
+            weights stay as they are, and are used in this dtype.
           shardings: one sharding, or a tree of them shaped like the submodel, as
             `param_shardings` gives for its configuration.
+          allow_nonfinite: take scales of quantized weights that are NaN, infinite,
+            zero or negative.
 
         Returns:
-          the submodel's parameters and its configuration.
+          the submodel's parameters and its configuration; quantized weights are
+          `QuantArray`s.
 
         Raises:
-          ValueError: unknown or impossible counts, or a damaged file.
+          ValueError: unknown or impossible counts, a damaged file, or invalid scales,
+            all of them.
         """
-        leaves, cfg = self._leaves(budget, dtype)
-        placed = _placements(shardings, param_specs(cfg))
-        read = lambda path: self._arrays.jax(*leaves[path], placed[path])
-        values = parallel(read, leaves)
-        return axes.nest(dict(zip(leaves, values, strict=True))), cfg
+        stored, cfg = self._stored(budget, dtype)
+        placed = _placed(shardings, stored, param_specs(cfg))
+        prefixes, structure = jax.tree.flatten(placed)
+        invalid: dict[str, int] = {}
 
-    def _leaves(self, budget, dtype) -> tuple[dict[axes.Path, tuple], ModelConfig]:
-        """Path in the submodel -> stored array's name, shape of its prefix, dtype."""
-        counts = self.counts(budget)
-        cfg = nesting.slice_config(self.cfg, counts)
-        specs = param_specs(cfg)
-        on = nesting.resolved(self.cfg, counts)["layers"]
-        kept = [i for i, keep in enumerate(on) if keep]
+        def read(part: _Prefix) -> jax.Array:
+            def look(value: np.ndarray) -> None:
+                if part.is_scale and not allow_nonfinite:
+                    n = invalid_scales(value)
+                    invalid[part.name] = invalid.get(part.name, 0) + n
+
+            return self._arrays.jax(
+                part.name, part.shape, part.dtype, part.sharding, look
+            )
+
+        values = parallel(read, prefixes)
+        self._refuse(invalid)
+        return jax.tree.unflatten(structure, values), cfg
+
+    def _refuse(self, invalid: Mapping[str, int]) -> None:
+        """Raises if there are invalid scales in any array."""
+        found = [
+            f"{name}: {n} scales are NaN, infinite, zero or negative"
+            for name, n in sorted(invalid.items())
+            if n
+        ]
+        if found:
+            what = "holds what no quantized weight has; to restore it, allow_nonfinite"
+            raise ValueError("\n  ".join([f"{self.path} {what}:", *found]))
+
+    def _stored(self, budget, dtype) -> tuple[Any, ModelConfig]:
+        """A submodel's tree of what to read of which arrays, and its configuration."""
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"restore: expected a floating dtype, got {dtype}")
-        leaves = {}
+        counts = self.counts(budget)
+        cfg = nesting.slice_config(self.cfg, counts)
+        specs, leaves = param_specs(cfg), {}
+        origin = origins(self.cfg, counts)
         for path, spec in specs:
-            stored = path
-            if path[0] == "layers":
-                stored = ("layers", kept[path[1]], *path[2:])
-            name = array_name("params", *stored)
-            kind = jnp.dtype(self.dtypes[name] if dtype is None else dtype)
-            leaves[path] = name, axes.shape(cfg, specs, path, spec), kind
-        return leaves, cfg
+            name = stored_name(origin[path])
+            shape = axes.shape(cfg, specs, path, spec)
+            if name not in self.formats:
+                kind = jnp.dtype(self.dtypes[name] if dtype is None else dtype)
+                leaves[path] = _Prefix(name, shape, kind)
+                continue
+            prefixes = {
+                part: _Prefix(
+                    f"{name}.{part}", array.shape, array.dtype, is_scale=part in SCALES
+                )
+                for part, array in parts(spec, shape, self.formats[name]).items()
+                if f"{name}.{part}" in self.dtypes
+            }
+            leaves[path] = QuantArray(
+                **{"block_scale": None, "input_scale": None, **prefixes},
+                axis=packed_axis(spec),
+                dtype=jnp.dtype(dtype or self._quantized[name]["dtype"]),
+            )
+        return axes.nest(leaves), cfg
 
     def counts(self, budget: str | Mapping | None) -> Counts:
         """The counts of a budget by name, or any counts, once they are checked."""
@@ -242,13 +340,15 @@ def open_nested(path: str | os.PathLike) -> Nested:
     manifest = read_manifest(path, "nested")
     with blaming(path / MANIFEST):
         record = manifest.record
-        only(record, {"config", "budgets", "provenance"})
+        formats = record.get(QUANTIZED, {})
+        more = {QUANTIZED} & record.keys()
+        only(record, {"config", "budgets", "provenance"} | more)
         cfg = ModelConfig.from_dict(record["config"])
         given = {
             name: {a: tuple(n) if isinstance(n, list) else n for a, n in counts.items()}
             for name, counts in record["budgets"].items()
         }
-        problems = [*_problems(cfg, given, manifest.arrays)]
+        problems = [*_problems(cfg, given, manifest.arrays, formats)]
         if not isinstance(record["provenance"], dict):
             problems.append(f"provenance is a {type(record['provenance']).__name__}")
         if problems:
@@ -260,47 +360,58 @@ def open_nested(path: str | os.PathLike) -> Nested:
             provenance=record["provenance"],
             size_bytes=manifest.size_bytes,
             dtypes={name: entry["dtype"] for name, entry in manifest.arrays.items()},
+            formats={name: said["format"] for name, said in formats.items()},
+            _quantized=formats,
             _arrays=StoredArrays(manifest.folder, manifest.arrays),
         )
 
 
-def _problems(cfg: ModelConfig, budgets: Mapping, arrays: Mapping) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Prefix:
+    """What to read: the first `shape` of an array, as `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_scale: bool = False
+    sharding: Sharding | None = None
+
+
+def _problems(
+    cfg: ModelConfig, budgets: Mapping, arrays: Mapping, formats: Formats
+) -> Iterator[str]:
     """Arrays (or their entries) that `cfg` does not have; budgets that do not fit."""
-    specs = param_specs(cfg)
-    expected = {
-        array_name("params", *path): axes.shape(cfg, specs, path, spec)
-        for path, spec in specs
-    }
-    found = {
-        name: tuple(leaf["shape"] if isinstance(leaf, dict) else np.shape(leaf))
-        for name, leaf in arrays.items()
-        if name.startswith("params.")
-    }
-    for name in sorted({*expected, *found}):
-        have, want = (d.get(name, "nothing") for d in (found, expected))
-        if have != want:
-            yield f"{name}: found {have}, expected {want}"
-
-    depths = {}
-    for name, given in budgets.items():
-        try:
-            counts = nesting.counts(cfg, **given)
-            depths[name] = {i for i, on in enumerate(counts.get("layers", ())) if on}
-        except (ValueError, TypeError) as error:
-            yield f"budget {name!r}: {error}"
-    # Prefixes always nest; blocks are chosen one by one, so they need not.
-    shallow = sorted((n for n in depths if depths[n]), key=lambda n: len(depths[n]))
-    for small, large in zip(shallow, shallow[1:], strict=False):
-        if odd := depths[small] - depths[large]:
-            yield f"budget {small!r} keeps blocks {sorted(odd)}, not in {large!r}"
-
-
-def _placements(shardings: Any, specs) -> dict[axes.Path, Any]:
-    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        return dict.fromkeys((path for path, _ in specs), shardings)
     try:
-        return {path: axes.leaf(shardings, path) for path, _ in specs}
-    except (KeyError, IndexError, TypeError) as error:
+        expected = layout(cfg, formats)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from array_problems(expected, arrays)
+    yield from budget_problems(cfg, budgets, formats)
+
+
+def _placed(shardings: Any, stored: Any, specs) -> Any:
+    """The tree `stored`, each prefix with its sharding."""
+    if shardings is None:
+        return stored
+
+    def placed(path, _, leaf):
+        whole = isinstance(shardings, Sharding)
+        place = shardings if whole else axes.leaf(shardings, path)
+        at = lambda part, where: dataclasses.replace(part, sharding=where)
+        if not isinstance(leaf, QuantArray):
+            return at(leaf, place)
+        if isinstance(place, Sharding):
+            place = of_parts(place, leaf)
+        names = (field.name for field in dataclasses.fields(leaf))
+        parts = {n: getattr(leaf, n) for n in names}
+        parts = {n: p for n, p in parts.items() if isinstance(p, _Prefix)}
+        moved = {n: at(part, getattr(place, n)) for n, part in parts.items()}
+        return dataclasses.replace(leaf, **moved)
+
+    try:
+        return axes.map_specs(placed, specs, stored)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"shardings: {error!r} is missing; expected one sharding, or a tree shaped "
             "like the submodel, as param_shardings gives for its configuration"

@@ -140,6 +140,20 @@ def resume(
     return state, at
 
 
+def config_digest(cfg: ModelConfig) -> str:
+    """SHA-256 of a configuration's values."""
+    return hashlib.sha256(to_json(cfg.to_dict()).encode()).hexdigest()
+
+
+def params_digest(params) -> str:
+    """SHA-256 of the head of every leaf: tells models apart without reading them."""
+    heads = jax.tree.map(lambda a: a[(0,) * (a.ndim - 1)][:64], params)
+    digest = hashlib.sha256(str(jax.tree.map(jnp.shape, params)).encode())
+    for name, head in named_leaves(heads).items():
+        digest.update(f"{name} {head.dtype}".encode() + head.tobytes())
+    return digest.hexdigest()
+
+
 def _advanced(at: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What has been seen after one more batch; each digest covers the one before."""
     digest = hashlib.sha256(at["batches_sha256"].encode())

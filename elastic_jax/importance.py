@@ -13,7 +13,6 @@ comes out of the same pass.
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from elastic_jax import fold
 from elastic_jax.axes import AXES, blocks_with
 from elastic_jax.config import ModelConfig, did_you_mean
 from elastic_jax.model import hidden_states, logits
-from elastic_jax.scores import EXPERT_METRICS, Scores, named_leaves, to_json
+from elastic_jax.scores import EXPERT_METRICS, Scores, to_json
 
 # What the layers tap -> the dimensions of one token's activation. "ssm_state" is C.
 # A Mamba head is judged by its gated output, what it hands on, where published work
@@ -115,8 +114,8 @@ def calibrate(
         (fold.checked(batch, cfg) for batch in batches),
         path,
         belongs_to={
-            "config": config_digest(cfg),
-            "params": _params_digest(params),
+            "config": fold.config_digest(cfg),
+            "params": fold.params_digest(params),
             "provenance": given,
         },
         save_every=save_every,
@@ -201,7 +200,7 @@ def finish(
 
     given = dict(provenance or {})
     record = {
-        "config": config_digest(cfg),
+        "config": fold.config_digest(cfg),
         "sequences": int(state["sequences"]),
         "tokens": int(state["tokens"]),
         "aggregate": aggregate,
@@ -261,11 +260,6 @@ def depth_importance(
         if on_step is not None:
             on_step(order[-1], float(error.min() / power))
     return jnp.argsort(jnp.asarray(order)).astype(jnp.float32)
-
-
-def config_digest(cfg: ModelConfig) -> str:
-    """SHA-256 of a configuration's values."""
-    return hashlib.sha256(to_json(cfg.to_dict()).encode()).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -419,12 +413,3 @@ def _check_sums(state: State, cfg: ModelConfig) -> None:
             f"importance: activations are not finite: {', '.join(bad)}; look at the "
             "parameters before the first of them"
         )
-
-
-def _params_digest(params) -> str:
-    """SHA-256 of the head of every leaf: tells models apart without reading them."""
-    heads = jax.tree.map(lambda a: a[(0,) * (a.ndim - 1)][:64], params)
-    digest = hashlib.sha256(str(jax.tree.map(jnp.shape, params)).encode())
-    for name, head in named_leaves(heads).items():
-        digest.update(f"{name} {head.dtype}".encode() + head.tobytes())
-    return digest.hexdigest()

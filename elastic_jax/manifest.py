@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,17 @@ from elastic_jax import axes
 from elastic_jax.axes import AXES
 from elastic_jax.directories import LOCK
 
-FORMAT, VERSION = "elastic_jax", 1
+FORMAT = "elastic_jax"
+VERSIONS = {"nested": (1, 2), "train": (1,)}
+QUANTIZED = "quantized"  # the member of a record that makes it version 2
 MANIFEST = "manifest.json"
 MEMBERS = {"sha256", "format", "version", "kind", "folder", "files", "arrays", "record"}
 FOLDER = re.compile(r"arrays-[0-9a-f]{8}")
 
 # Small where prefixes are cut out; larger where an array is only read as a whole.
 SUBMODEL_CHUNK_BYTES = 2**16
+# As many weights of 8 and of 4 bits as of 16, so that as few are read in excess.
+SUBMODEL_CHUNK_WEIGHTS, SMALLEST_CHUNK_BYTES = 2**15, 2**12
 WHOLE_CHUNK_BYTES = 2**20
 # Weights shrink by a third, zeros by thousands. What claims more than this is refused,
 # here and when it is saved: it could make a reader allocate at will.
@@ -49,7 +53,7 @@ class Manifest:
       path: the checkpoint's directory.
       folder: where its arrays are.
       size_bytes: of all files in the folder.
-      arrays: name -> {"shape", "dtype", "chunks"}.
+      arrays: name -> {"shape", "dtype", "chunks"}, and "per" where it is packed.
       record: what the kind of checkpoint adds.
     """
 
@@ -66,14 +70,14 @@ def write_manifest(
     """Makes the checkpoint appear in `path`, at once and for good."""
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if QUANTIZED in record else 1,
         "kind": kind,
         "folder": folder,
         "files": _file_sizes(path / folder),
         "arrays": arrays,
         "record": record,
     }
-    _refuse(_array_problems(arrays, sum(manifest["files"].values())))
+    _refuse(_array_problems(manifest, sum(manifest["files"].values())))
     text = json.dumps({"sha256": _digest(manifest), **manifest}, indent=1)
     if len(text) > LARGEST_MANIFEST_BYTES:
         raise ValueError(f"a manifest of {len(text)} bytes; keep less provenance")
@@ -102,8 +106,11 @@ def read_manifest(path: Path, kind: str) -> Manifest:
     with blaming(file):
         found = _parsed(file)
         have = [found[key] for key in ("format", "version", "kind")]
-        if have != [FORMAT, VERSION, kind]:
-            raise ValueError(f"expected {[FORMAT, VERSION, kind]}, found {have}")
+        if have not in [[FORMAT, version, kind] for version in VERSIONS[kind]]:
+            newest = [FORMAT, VERSIONS[kind][-1], kind]
+            raise ValueError(f"expected at most {newest}, found {have}")
+        if (found["version"] == 2) != (QUANTIZED in found["record"]):
+            raise ValueError(f"version {found['version']} with or without {QUANTIZED}")
         if not FOLDER.fullmatch(found["folder"]):
             raise ValueError(f"folder {found['folder']!r} is none of ours")
         folder = path / found["folder"]
@@ -120,7 +127,7 @@ def read_manifest(path: Path, kind: str) -> Manifest:
             for name, size in found["files"].items()
             if sizes.get(name) != size
         ]
-        _refuse([*problems, *_array_problems(found["arrays"], total)])
+        _refuse([*problems, *_array_problems(found, total)])
         return Manifest(path, folder, total, found["arrays"], found["record"])
 
 
@@ -157,11 +164,12 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
-def _array_problems(arrays: Mapping[str, Any], stored_bytes: int) -> Iterator[str]:
-    """Why the entries of `arrays` cannot be true."""
+def _array_problems(manifest: Mapping[str, Any], stored_bytes: int) -> Iterator[str]:
+    """Why the entries of its arrays cannot be true."""
     claimed_bytes = 0
-    for name, entry in arrays.items():
-        only(entry, {"shape", "dtype", "chunks"})
+    packed = {"per"} if manifest["version"] == 2 else set()
+    for name, entry in manifest["arrays"].items():
+        only(entry, {"shape", "dtype", "chunks"} | (packed & entry.keys()))
         shape, chunks = entry["shape"], entry["chunks"]
         dtype = jnp.dtype(entry["dtype"])
         if not storable(dtype):
@@ -223,12 +231,12 @@ def array_name(*path: Any) -> str:
     return ".".join(quote(str(step), safe="").replace(".", "%2E") for step in path)
 
 
-def flat(tree: Any, root: str) -> dict[str, Any]:
+def flat(tree: Any, root: str, is_leaf: Callable | None = None) -> dict[str, Any]:
     """Name -> leaf, in the order of `jax.tree.leaves`."""
     text = functools.partial(jax.tree_util.keystr, simple=True)
     return {
         array_name(root, *(text((key,)) for key in path)): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     }
 
 
@@ -274,20 +282,28 @@ def storable(dtype: Any) -> bool:
 
 
 def chunk_shape(
-    shape: tuple[int, ...], itemsize: int, dims: tuple[str, ...] | None = None
+    shape: tuple[int, ...],
+    itemsize: int,
+    dims: tuple[str, ...] | None = None,
+    per: Mapping[str, int] | None = None,
 ) -> tuple[int, ...]:
     """The shape in which an array of `shape` is stored.
 
     With `dims`, elastic dimensions are cut into equal shares, in multiples of their
     steps: among chunks of one size, these have the least expected overhang. The
     others are cut once a share is a sixteenth. Without, the leading dimensions are
-    cut first.
+    cut first. An element may span several units of a dimension: `per`.
     """
-    limit = WHOLE_CHUNK_BYTES if dims is None else SUBMODEL_CHUNK_BYTES
+    limit = WHOLE_CHUNK_BYTES
+    if dims is not None:
+        weights_per_element = math.prod((per or {}).values())
+        limit = SUBMODEL_CHUNK_WEIGHTS * itemsize // weights_per_element
+        limit = min(SUBMODEL_CHUNK_BYTES, max(SMALLEST_CHUNK_BYTES, limit))
     known = [AXES.get(dim) for dim in dims or ("",) * len(shape)]
+    spans = [(per or {}).get(dim, 1) for dim in dims or ("",) * len(shape)]
     options = [
-        _lengths(n, axis.step if axis else 1)
-        for n, axis in zip(shape, known, strict=True)
+        _lengths(n, max(1, axis.step // span) if axis else 1)
+        for n, axis, span in zip(shape, known, spans, strict=True)
     ]
 
     def coarseness(i: int) -> float:

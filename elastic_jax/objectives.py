@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig
@@ -37,6 +36,7 @@ from elastic_jax.router import (
     soft_masks,
 )
 from elastic_jax.train import ROWS, Losses, TrainState, accumulated
+from elastic_kernels.products import met
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def language_objective(
 def _language_loss(trained, rows, cfg, chunk):
     params = trained["params"]
     loss = cross_entropy_loss(
-        _hidden(params, rows, cfg),
+        hidden_of(params, rows, cfg),
         params["lm_head"],
         rows["targets"],
         weights=rows["weights"],
@@ -112,8 +112,8 @@ def _masked_loss(
     logits = router.apply(trained["router"], budget)
     pi = probabilities(logits, scale, temperature, noise, hard=hard)
     masks = soft_masks(pi, router.elastic, elastic.cfg, depth_ranks=elastic.depth_ranks)
-    hidden = _hidden(params, rows, elastic.cfg, masks)
-    kl = _divergence(hidden, params, rows, teacher, elastic.cfg, elastic.chunk)
+    hidden = hidden_of(params, rows, elastic.cfg, masks)
+    kl = kl_from(hidden, params, rows, teacher, elastic.cfg, elastic.chunk)
     missed = budget_loss(
         pi,
         masks,
@@ -157,8 +157,8 @@ def sliced_objective(
 
 def _sliced_loss(trained, rows, teacher, cfg, counts, chunk):
     small = slice_params(trained["params"], param_specs(cfg), counts)
-    hidden = _hidden(small, rows, slice_config(cfg, counts))
-    kl = _divergence(hidden, small, rows, teacher, cfg, chunk)
+    hidden = hidden_of(small, rows, slice_config(cfg, counts))
+    kl = kl_from(hidden, small, rows, teacher, cfg, chunk)
     return kl, kl
 
 
@@ -199,8 +199,8 @@ def mixed_objective(
 def _mixed_loss(trained, rows, teacher, masks, pair, cfg, chunk):
     params = trained["params"]
     now = switched(masks, pair[0], pair[1], rows["answer"])
-    hidden = _hidden(params, rows, cfg, now)
-    kl = _divergence(hidden, params, rows, teacher, cfg, chunk)
+    hidden = hidden_of(params, rows, cfg, now)
+    kl = kl_from(hidden, params, rows, teacher, cfg, chunk)
     return kl, kl
 
 
@@ -228,34 +228,52 @@ def divergence(
     teacher: Any,
     params: Any,
     cfg: ModelConfig,
-    counts: Counts,
     batches: Iterable[Mapping],
     *,
+    teacher_cfg: ModelConfig | None = None,
     chunk: int = 512,
 ) -> float:
-    """Mean KL, in nats per token, from the parent `teacher` to a slice of `params`."""
+    """Mean KL, in nats per token that counts, of one model from another.
+
+    Args:
+      params, cfg: the model, quantized or not.
+      batches: rows of the same shape, as a stage has them.
+      teacher_cfg: of `teacher`; None is `cfg`.
+    """
+    settings = teacher_cfg or cfg, cfg, chunk
     rows = ({k: jnp.asarray(batch[k]) for k in ROWS} for batch in batches)
-    given = {"params": params}, teacher, cfg, counts, chunk
-    return float(np.mean([_loss_alone(r, *given) for r in rows]))
+    found = [_weighted_kl(each, teacher, params, *settings) for each in rows]
+    weight = sum(float(weight) for _, weight in found)
+    kl = sum(float(kl) * float(weight) for kl, weight in found) / (weight or 1.0)
+    return max(kl, 0.0)  # rounding
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _loss_alone(rows, trained, teacher, cfg, counts, chunk):
-    return _sliced_loss(trained, rows, teacher, cfg, counts, chunk)[0]
+def _weighted_kl(rows, teacher, params, teacher_cfg, cfg, chunk):
+    """The mean over a batch, and its weight."""
+    hidden = hidden_of(params, rows, cfg)
+    kl = kl_from(hidden, params, rows, teacher, teacher_cfg, chunk)
+    return kl, jnp.sum(rows["weights"])
 
 
-def _hidden(params, rows, cfg, masks=None):
+def hidden_of(params, rows, cfg, masks=None):
+    """Final hidden states [b, t, d] of the rows of a micro-batch."""
     return hidden_states(
         params, rows["tokens"], cfg, masks=masks, segment_ids=rows["segment_ids"]
     )
 
 
-def _divergence(hidden, student, rows, teacher, cfg, chunk):
-    """KL from the parent, whose hidden states are computed alongside."""
-    taught = jax.lax.stop_gradient(_hidden(teacher, rows, cfg))
+def read_out(hidden, params):
+    """Hidden states and head as their product takes them, the head as an array."""
+    head = params["lm_head"]
+    return met(hidden, head), head.astype(hidden.dtype)
+
+
+def kl_from(hidden, student, rows, teacher, cfg, chunk):
+    """KL from a teacher of `cfg`, whose hidden states are computed alongside."""
+    taught = jax.lax.stop_gradient(hidden_of(teacher, rows, cfg))
     return distillation_loss(
-        hidden,
-        student["lm_head"],
+        *read_out(hidden, student),
         taught,
         teacher["lm_head"],
         weights=rows["weights"],

@@ -7,7 +7,8 @@ once, on the parent. A submodel's values and block scales are prefixes and its t
 scales are inherited, so slicing and quantizing commute bit for bit.
 
 A parameter's name in a rule is `kind/name`, with the kinds of `KINDS`: `moe/up`, or
-`mamba_before_attention/out`. Patterns are those of a shell: `attention/*`.
+`mamba_before_attention/out`. Patterns are those of a shell, and speak of parameters
+that enter products: `("*", "nvfp4")` is all of them, but no norm and no embedding.
 """
 
 import fnmatch
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from elastic_jax import axes
-from elastic_jax.axes import Counts, ParamSpecs, Path
+from elastic_jax.axes import Counts, ParamSpec, ParamSpecs, Path
 from elastic_jax.config import ModelConfig, did_you_mean
 from elastic_jax.cost import block_bytes_of
 from elastic_kernels import FakeQuant, QuantArray, quant_array
@@ -103,11 +104,11 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
         format = matching[-1] if matching else KEEP
         if format == KEEP:
             continue
+        if not meets_activations(spec):
+            continue
         chosen[path] = format
         where = f"{_text(path)} ({names[path]})"
-        if not spec.decays:
-            problems.append(f"{where}: meets no activations in a product; keep it")
-        elif format == "nvfp4":
+        if format == "nvfp4":
             dim = spec.contracted[-1]
             size = axes.entry(specs, path, dim, getattr(cfg, dim))
             if size % BLOCK:
@@ -116,11 +117,17 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
                     f"multiple of {BLOCK}; keep it or use fp8"
                 )
     present = {name.split("/")[0] for name in names.values()}
-    for pattern, _ in recipe.rules:
-        known = any(fnmatch.fnmatchcase(name, pattern) for name in names.values())
-        if not known and any(_may_match(kind, pattern) for kind in present):
+    products = {names[path] for path, spec in specs if meets_activations(spec)}
+    for pattern, format in recipe.rules:
+        matched = set(fnmatch.filter(names.values(), pattern))
+        if not matched and any(_may_match(kind, pattern) for kind in present):
             near = did_you_mean(pattern, set(names.values()))
             problems.append(f"rule {pattern!r} matches no parameter{near}")
+        elif matched and format != KEEP and not matched & products:
+            problems.append(
+                f"rule {pattern!r}: {', '.join(sorted(matched))} enter no product; "
+                "leave the rule out"
+            )
     for group in _groups(specs):
         used = {chosen.get(path, KEEP) for path in group}
         if len(used) > 1:
@@ -132,6 +139,11 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
     return chosen
 
 
+def meets_activations(spec: ParamSpec) -> bool:
+    """Whether a parameter enters a product: no lookup, no convolution, no norm."""
+    return spec.decays and spec.contracted != ("conv_width",)
+
+
 def quantize(
     params: Any,
     specs: ParamSpecs,
@@ -139,6 +151,7 @@ def quantize(
     recipe: Recipe,
     *,
     like: Any = None,
+    frozen: bool = False,
     input_largest: Mapping[Path, Array] | None = None,
 ) -> Any:
     """`params` with what `recipe` names as `QuantArray`s in packed storage.
@@ -147,15 +160,19 @@ def quantize(
       params: arrays of the parent; quantize before slicing, and after permuting.
       like: a quantized tree whose formats, tensor scales and input scales are
         inherited; of the recipe only its `block_scale` is read then.
+      frozen: inherit the scales of blocks, too.
       input_largest: largest magnitude of the activations that a parameter meets, for
-        each expert where there are several; what is left out gets no input scale. An
-        expert that met none takes the largest of its layer.
+        each expert where there are several: `InputStatistics.largest`. What is left out
+        gets no input scale; what is given of a parameter that stays as it is has no
+        use. An expert that met none takes the largest of its layer.
 
     Raises:
       ValueError: a recipe that does not fit, parameters that are quantized already,
-        activations of no quantized parameter, or (outside `jit`) weights that are NaN
-        or infinite, each by name.
+        activations of no parameter, or (outside `jit`) weights that are NaN or
+        infinite, each by name.
     """
+    if frozen and like is None:
+        raise ValueError("frozen scales are those of `like`: give a quantized tree")
     chosen = formats(specs, cfg, recipe) if like is None else _inherited(specs, like)
     weights = {path: axes.leaf(params, path) for path in chosen}
     _refuse(
@@ -171,7 +188,13 @@ def quantize(
         path: quant_array.largest_magnitude(weight, stacked[path])
         for path, weight in weights.items()
     }
-    inputs = dict(input_largest or {})
+    given = input_largest or {}
+    unknown = given.keys() - {path for path, spec in specs if meets_activations(spec)}
+    _refuse(
+        "cannot quantize",
+        [f"input_largest: no product has {_text(path)}" for path in sorted(unknown)],
+    )
+    inputs = {path: given[path] for path in chosen if path in given}
     _refuse("cannot quantize", list(_unfit(largest, inputs)))
     if like is None:
         scales = _tensor_scales(specs, chosen, largest)
@@ -183,13 +206,16 @@ def quantize(
     def stored(path, spec, weight):
         if path not in chosen:
             return weight
+        rule = recipe.block_scale
+        if frozen and chosen[path] == "nvfp4":
+            rule = axes.leaf(like, path).block_scale
         return quant_array.quantize(
             weight,
             chosen[path],
             axis=-len(spec.produced) - 1,  # the last contracted dimension
             scale=scales[path],
             input_scale=input_scales.get(path),
-            block_scale=recipe.block_scale,
+            block_scale=rule,
         )
 
     return axes.map_specs(stored, specs, params)
@@ -205,21 +231,18 @@ def dequantize(params: Any) -> Any:
 
 
 def fake(
-    params: Any,
-    specs: ParamSpecs,
-    cfg: ModelConfig,
-    recipe: Recipe,
-    *,
-    like: Any = None,
+    params: Any, specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe, **scales: Any
 ) -> Any:
     """`params` that compute as if quantized, and learn as if not.
 
     To be called inside the loss: gradients reach `params` as though rounding were the
-    identity (straight-through). Scales are those of the present weights, or frozen:
-    those of the quantized tree `like`. Cut the result, not `params`, so that a
-    submodel trains under its parent's scales.
+    identity (straight-through). Cut the result, not `params`, so that a submodel trains
+    under its parent's scales.
+
+    Args:
+      scales: as of `quantize`. Without `like`, they are those of the present weights.
     """
-    rounded = quantize(jax.lax.stop_gradient(params), specs, cfg, recipe, like=like)
+    rounded = quantize(jax.lax.stop_gradient(params), specs, cfg, recipe, **scales)
 
     def both(path, spec, weight, quantized):
         return FakeQuant(weight, quantized) if _is_stored(quantized) else weight
@@ -327,9 +350,7 @@ def _met(inputs: Mapping[Path, Array]) -> dict[Path, Array]:
 def _unfit(largest: Mapping[Path, Array], inputs: Mapping[Path, Array]):
     """Why these magnitudes cannot be those of weights and of what they meet."""
     for path, given in inputs.items():
-        if path not in largest:
-            yield f"input_largest names {_text(path)}, which is not quantized"
-        elif jnp.shape(given) != largest[path].shape:
+        if jnp.shape(given) != largest[path].shape:
             yield (
                 f"input_largest of {_text(path)} has shape {jnp.shape(given)}, not "
                 f"{largest[path].shape}"

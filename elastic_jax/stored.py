@@ -31,6 +31,7 @@ from elastic_jax.manifest import (
     unflat,
     write_manifest,
 )
+from elastic_jax.parts import Part
 
 LARGEST_FILE_BYTES = 2**28  # what OCDBT holds in memory before it begins another file
 
@@ -47,28 +48,19 @@ def write_arrays(
     kind: str,
     arrays: Mapping,
     record: Mapping,
-    dims: Mapping | None = None,
+    layout: Mapping[str, Part] | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Makes `path`, which the caller has locked, the checkpoint of these arrays.
 
-    `dims` names the dimensions of arrays that are read in part.
+    `layout` names the dimensions of arrays that are read in part.
     """
     record = plain(record, "record")
     arrays = {name: lazy(array) for name, array in arrays.items()}
     refused = [f"{k}: {v.dtype}" for k, v in arrays.items() if not storable(v.dtype)]
     if refused:
         raise ValueError("\n  ".join(["cannot store these dtypes:", *refused]))
-    entries = {
-        name: {
-            "shape": list(a.shape),
-            "dtype": a.dtype.name,
-            "chunks": list(
-                chunk_shape(a.shape, a.dtype.itemsize, (dims or {}).get(name))
-            ),
-        }
-        for name, a in arrays.items()
-    }
+    entries = {name: _entry(a, (layout or {}).get(name)) for name, a in arrays.items()}
     filled = {tuple(name.split(".")): a for name, a in arrays.items() if a.size}
     folder = f"arrays-{secrets.token_hex(4)}"
     remove_strays(path)
@@ -90,6 +82,15 @@ def write_arrays(
         ) from error
     finally:
         remove_strays(path)
+
+
+def _entry(array: LazyArray, part: Part | None) -> dict[str, Any]:
+    """What the manifest says of an array."""
+    dims, per = (part.dims, part.per) if part else (None, {})
+    chunks = chunk_shape(array.shape, array.dtype.itemsize, dims, per)
+    entry = {"shape": list(array.shape), "dtype": array.dtype.name}
+    entry["chunks"] = list(chunks)
+    return entry | ({"per": dict(per)} if per else {})
 
 
 def _orbax_handler(
@@ -197,14 +198,25 @@ class StoredArrays:
         value = self._read(name, tuple(slice(n) for n in shape))
         return value.astype(dtype, copy=False)
 
-    def jax(self, name: str, shape: tuple[int, ...], target, sharding) -> jax.Array:
-        """The first `shape` of an array, as `target`; each device gets its part."""
+    def jax(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        target,
+        sharding,
+        on_read: Callable[[np.ndarray], None] = lambda value: None,
+    ) -> jax.Array:
+        """The first `shape` of an array, as `target`; each device gets its part.
+
+        `on_read` may look at what is read, part by part.
+        """
         if jax.dtypes.canonicalize_dtype(target) != target:
             raise ValueError(f"{name} is {target}: enable jax_enable_x64, or cast")
 
         @functools.cache  # copies of one part are read once
         def part(box: tuple[tuple[int, int], ...]) -> np.ndarray:
             value = self._read(name, tuple(slice(*bounds) for bounds in box))
+            on_read(value)
             return value.astype(target, copy=False)
 
         def cut(index: tuple[slice, ...]) -> np.ndarray:

@@ -13,7 +13,6 @@ A phase that is complete is read back, not run again.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -29,7 +28,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import elastic_jax as ej
 from elastic_jax import checkpoint, data, fit, latency, objectives, saves, train
 from elastic_jax.axes import AXES, blocks_with
-from elastic_jax.distill import distillation_loss
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.latency_grid import PHASES
@@ -356,7 +354,7 @@ def orders(plan: Plan, params: Any, found, depth) -> list[dict[str, Any]]:
 
     def measure(ranks, counts) -> float:
         moved = ej.permute_params(params, specs, ranks)
-        return objectives.divergence(params, moved, cfg, counts, batches)
+        return _kl(plan, params, *sliced(plan, moved, counts), batches)
 
     asked = plan.values["orders"]["axes"] or AXES
     cases = [(axis, "", found) for axis in found if axis in asked and axis != "experts"]
@@ -522,7 +520,7 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
     saved["end"] = final
     return {
         budget: {
-            when: objectives.divergence(teacher, params, plan.cfg, kept, batches)
+            when: _kl(plan, teacher, *sliced(plan, params, kept), batches)
             for when, params in saved.items()
         }
         for budget, kept in counts.items()
@@ -530,31 +528,36 @@ def divergences(plan, workdir, name, teacher, final, counts) -> dict[str, Any]:
 
 
 def evaluate(
-    plan: Plan, params: Any, cfg: ej.ModelConfig, teacher: Any
+    plan: Plan,
+    params: Any,
+    cfg: ej.ModelConfig,
+    teacher: Any,
+    *,
+    teacher_cfg: ej.ModelConfig | None = None,
 ) -> dict[str, Any]:
-    """One model by the task's own measure, and its KL from the parent `teacher`."""
+    """One model by the task's own measure, and its KL from `teacher`.
+
+    Args:
+      teacher_cfg: of the teacher; None is the parent's.
+    """
     source, count = plan.task.data["evaluation"], plan.values["orders"]["rows"]
     every = max(1, len(source) // count)
     examples = [source[i] for i in range(0, min(every * count, len(source)), every)]
-    found = [
-        _kl_from_parent(rows, teacher, params, plan.cfg, cfg)
-        for rows in stacked(examples, plan.values["calibration"]["batch"])
-    ]
-    weight = sum(weight for _, weight in found)
-    kl = sum(float(kl * weight) for kl, weight in found) / float(weight)
-    return plan.task.evaluate(params, cfg) | {"kl": max(kl, 0.0)}  # rounding
+    batches = stacked(examples, plan.values["calibration"]["batch"])
+    kl = _kl(plan, teacher, params, cfg, batches, teacher_cfg=teacher_cfg)
+    return plan.task.evaluate(params, cfg) | {"kl": kl}
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _kl_from_parent(rows, teacher, params, teacher_cfg, cfg):
-    """The mean over a batch, and its weight."""
-    tokens, segment_ids = rows["tokens"], rows["segment_ids"]
-    hidden = ej.hidden_states(params, tokens, cfg, segment_ids=segment_ids)
-    taught = ej.hidden_states(teacher, tokens, teacher_cfg, segment_ids=segment_ids)
-    mean = distillation_loss(
-        hidden, params["lm_head"], taught, teacher["lm_head"], weights=rows["weights"]
-    )
-    return mean, jnp.sum(rows["weights"])
+def _kl(plan: Plan, teacher, params, cfg, batches, *, teacher_cfg=None) -> float:
+    """KL from the parent, if no other teacher is given."""
+    whole = teacher_cfg or plan.cfg
+    return objectives.divergence(teacher, params, cfg, batches, teacher_cfg=whole)
+
+
+def sliced(plan: Plan, params: Any, counts: ej.Counts) -> tuple[Any, ej.ModelConfig]:
+    """A submodel of the parent's shape, and its configuration."""
+    cfg = ej.slice_config(plan.cfg, counts)
+    return ej.slice_params(params, ej.param_specs(plan.cfg), counts), cfg
 
 
 def _tuples(kept: Mapping[str, Any]) -> dict[str, Any]:

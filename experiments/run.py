@@ -141,7 +141,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
                 plan, workdir, arm, shuffled, trained.params, counts
             )
             for row in budgets:
-                small, cfg = _sliced(plan, trained.params, counts[row["name"]])
+                small, cfg = pipeline.sliced(plan, trained.params, counts[row["name"]])
                 row["random_values"].append(plan.task.evaluate(small, cfg)["value"])
     results = {
         "identity": name,
@@ -193,7 +193,7 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
     for (name, budget), target in zip(plan.budgets, targets, strict=True):
         kept = counts[name]
         small, cfg = opened.restore(name)
-        untrained, _ = _sliced(plan, nested, kept)
+        untrained, _ = pipeline.sliced(plan, nested, kept)
         before = pipeline.evaluate(plan, untrained, cfg, nested)
         cost = ej.cost(specs, plan.cfg, counts=kept)
         ratio = budget.ratio(specs, caches, plan.cfg, counts=kept)
@@ -213,11 +213,6 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
         said = measure.form(rows[-1]["value"])
         pipeline.console.print(f"{name}: {said} {measure.name}")
     return rows
-
-
-def _sliced(plan, params, counts):
-    cfg = ej.slice_config(plan.cfg, counts)
-    return ej.slice_params(params, ej.param_specs(plan.cfg), counts), cfg
 
 
 def _alarms(rows) -> dict[str, int]:

@@ -12,7 +12,10 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax.__main__ import main
+from elastic_jax.quantize import size_bytes
 from elastic_jax.saves import TrainCheckpoints
+from elastic_jax.tables import format_bytes
+from elastic_kernels import QuantArray
 
 ROOT = pathlib.Path(__file__).parent.parent
 CFG = ej.presets.tiny("ME*-")
@@ -61,12 +64,42 @@ def test_inspect_prints_what_is_stored(saved, capsys):
         kib = cost.weight_bytes("bf16") / 1024
         assert row[5] == f"{kib:,.1f} KiB"
     assert "heads_per_group 2" in out and "embed 48" in out
-    assert ["params", "float32", str(len(specs) - 1)] in printed
-    assert ["params", "bfloat16", "1"] in printed
-    assert ["scores", "float32", "1"] in printed
+    assert ["params", "float32", str(len(specs) - 1)] in [row[:3] for row in printed]
+    head = format_bytes(2 * CFG.embed * CFG.vocab)
+    assert ["params", "bfloat16", "1", head] in printed
+    assert ["scores", "float32", "1", "384 B"] in printed
     assert ["data", "from [/nowhere]"] in printed and "'seed': 17" in out
     stored = sum(f.stat().st_size for f in saved.glob("arrays-*/**/*") if f.is_file())
     assert f"{stored / 1024:,.1f} KiB on disk" in out
+
+
+def test_inspect_says_what_quantized_weights_take(tmp_path, capsys):
+    cfg = ej.presets.tiny("ME-")
+    specs = ej.param_specs(cfg)
+    recipe = ej.Recipe("nvfp4", (("mlp/up", "fp8"), ("mlp/down", "fp8")))
+    params = ej.init_params(jax.random.key(0), cfg)
+    params = ej.quantize(params, specs, cfg, recipe)
+    counts = ej.counts(cfg, embed=48)
+    ej.save_nested(tmp_path / "c", params, cfg, budgets={"small": counts})
+    assert main(["inspect", str(tmp_path / "c")]) == 0
+    printed = rows(capsys.readouterr().out)
+    for name, kept in (("parent", ej.counts(cfg)), ("small", counts)):
+        size = size_bytes(ej.slice_params(params, specs, kept))
+        row = next(row for row in printed if row[0] == name)
+        assert row[6] == format_bytes(size)
+    stored = {row[1].split()[0]: row for row in printed if row[0] == "params"}
+    assert set(stored) == {"nvfp4,", "fp8,", "float32"}
+    for format in ("nvfp4", "fp8"):
+        of_it = [
+            leaf
+            for leaf in jax.tree.leaves(
+                params, is_leaf=lambda leaf: isinstance(leaf, QuantArray)
+            )
+            if isinstance(leaf, QuantArray) and leaf.format == format
+        ]
+        size, weights = size_bytes(of_it), sum(np.prod(w.shape) for w in of_it)
+        said = f"{format}, {8 * size / weights:.2f} bits a weight"
+        assert stored[f"{format},"][1:] == [said, str(len(of_it)), format_bytes(size)]
 
 
 def test_inspect_reads_no_array(saved, capsys, monkeypatch):

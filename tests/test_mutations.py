@@ -16,7 +16,9 @@ changed at random, knowing their structure, and read. What may come out of that:
 
 Never another exception, more than a second, or 256 MB on top.
 
-Environment: MUTATION_SECONDS is how long each of the two is tried; for a night,
+Each of them is tried in 16 bits and, for half as long, quantized.
+
+Environment: MUTATION_SECONDS is how long; for a night,
 
     MUTATION_SECONDS=14400 MUTATION_SEED=123456789 pytest -s tests/test_mutations.py
 
@@ -48,6 +50,7 @@ from elastic_jax import axes, manifest, nesting
 from elastic_jax.huggingface.names import Layout, Table
 from elastic_jax.huggingface.shards import DTYPES, INDEX, SINGLE
 from elastic_jax.lazy import lazy
+from elastic_kernels import QuantArray
 
 SECONDS = float(os.environ.get("MUTATION_SECONDS", 60))
 SEED = int(os.environ.get("MUTATION_SEED", 0))
@@ -78,6 +81,14 @@ def random_params():
         return value.astype("f4" if wide else DTYPES["BF16"])
 
     return axes.map_specs(leaf, specs)
+
+
+def quantized_params():
+    """The same in both formats, with calibrated inputs of one of them."""
+    recipe = ej.Recipe("nvfp4", (("mamba/out", "fp8"), ("mlp/up", "fp8")))
+    met = {("layers", 1, name): np.ones(CFG.experts) for name in ("up", "down")}
+    specs = ej.param_specs(CFG)
+    return ej.quantize(random_params(), specs, CFG, recipe, input_largest=met)
 
 
 # ------------------------------------------------------------- a directory in memory
@@ -348,6 +359,7 @@ def try_mutations(
     mutate: Callable[[random.Random, Files], str],
     read: Callable[[], Any],
     judge: Callable[[Any, list[str]], str],
+    seconds: float = SECONDS,
 ) -> collections.Counter:
     """Mutates and reads until the time is over; counts what came out.
 
@@ -358,29 +370,29 @@ def try_mutations(
     """
     intact, kinds = loaded(directory), collections.Counter()
     longest, largest, trials = 0.0, 0, 0
-    until = time.monotonic() + SECONDS
+    until = time.monotonic() + seconds
     while not trials or time.monotonic() < until:
         draw, files = random.Random(SEED + trials), dict(intact)
         done = [mutate(draw, files) for _ in range(draw.choice([1, 1, 1, 2, 3]))]
         bring(directory, intact, files)
         name = f"MUTATION_SEED={SEED + trials}: {'; '.join(done)}"
         try:
-            result, seconds, growth = timed(read, name)
+            result, took, growth = timed(read, name)
             for _ in range(3):  # others may have been busy
-                if seconds > LONGEST_SECONDS:
-                    seconds = min(seconds, timed(read, name)[1])
-            assert seconds < LONGEST_SECONDS
+                if took > LONGEST_SECONDS:
+                    took = min(took, timed(read, name)[1])
+            assert took < LONGEST_SECONDS
             assert growth < LARGEST_GROWTH_BYTES
             kind = "refused" if result is REFUSED else judge(result, done)
         except BaseException as error:
             error.add_note(name)
             raise
         kinds[kind] += 1
-        longest, largest = max(longest, seconds), max(largest, growth)
+        longest, largest = max(longest, took), max(largest, growth)
         bring(directory, files, intact)
         trials += 1
     print(
-        f"\n{directory.name}: {trials} mutations in {SECONDS:.0f} s, {dict(kinds)}; "
+        f"\n{directory.name}: {trials} mutations in {seconds:.0f} s, {dict(kinds)}; "
         f"at most {longest:.2f} s and {largest / 2**20:.0f} MiB"
     )
     return kinds
@@ -487,9 +499,10 @@ def assert_is(cfg: ej.ModelConfig, said: dict) -> None:
     assert said.get("topk_group", 1) == cfg.topk_group
 
 
-def test_a_mutated_nested_checkpoint(tmp_path):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_mutated_nested_checkpoint(tmp_path, quantized):
     home, outside = tmp_path / "nested", tmp_path / "secret"
-    params = random_params()
+    params = quantized_params() if quantized else random_params()
     ej.save_nested(
         home,
         params,
@@ -529,6 +542,8 @@ def test_a_mutated_nested_checkpoint(tmp_path):
     def judge(result, done: list[str]) -> str:
         nested, found, cfg, small = result
         signed = any("signed" in said for said in done)
+        formats = lambda tree: jax.tree.map(lambda w: w.format, tree, is_leaf=is_packed)
+        assert formats(packed(found)) == formats(packed(params))
         for have, want in zip(jax.tree.leaves(found), original, strict=True):
             assert have.shape == want.shape
             assert np.asarray(have).tobytes() == want.tobytes()
@@ -549,9 +564,18 @@ def test_a_mutated_nested_checkpoint(tmp_path):
                 assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         return "another manifest" if signed else "unchanged"
 
-    kinds = try_mutations(home, mutate, read, judge)
-    if SECONDS >= 5:
+    seconds = SECONDS / 2 if quantized else SECONDS
+    kinds = try_mutations(home, mutate, read, judge, seconds)
+    if SECONDS >= 10:
         assert set(kinds) == {"refused", "unchanged", "another manifest"}
+
+
+def is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, QuantArray)
+
+
+def packed(tree: Any) -> list[QuantArray]:
+    return [w for w in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(w)]
 
 
 def sign(files: Files, *, sizes: bool) -> bool:

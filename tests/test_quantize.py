@@ -16,7 +16,6 @@ from elastic_kernels.quant_array import BLOCK
 
 # Everything that can be quantized, in both formats.
 ALL = (
-    ("*/norm", "keep"),
     ("attention/[qkv]", "nvfp4"),
     ("attention/o", "nvfp4"),
     ("mamba*/out", "nvfp4"),
@@ -103,9 +102,9 @@ def test_what_a_recipe_cannot_say(given, message):
     [
         (("moe/uq", "fp8"), "rule 'moe/uq' matches no parameter; did you mean"),
         (("mamba/z", "keep"), r"layers/0/z, layers/0/x.*formats \['keep', 'nvfp4'\]"),
-        (("model/embedding", "fp8"), r"embedding .*: meets no activations"),
-        (("moe/norm", "fp8"), r"layers/1/norm .*: meets no activations"),
-        (("mamba/conv_*", "nvfp4"), "conv_x .*dimension conv_width is 4, no multiple"),
+        (("model/embedding", "fp8"), "model/embedding enter no product"),
+        (("moe/norm", "fp8"), "moe/norm enter no product"),
+        (("mamba/conv_*", "nvfp4"), "mamba/conv_B, mamba/conv_B_bias, .* enter no"),
     ],
 )
 def test_what_does_not_fit_a_model(rule, message):
@@ -215,6 +214,7 @@ def test_input_scales():
         ("layers", 0, "z"): 3.0,
         ("layers", 0, "B"): np.float32(5),
         ("layers", 1, "up"): seen,
+        ("layers", 1, "router"): 9.0,  # stays as it is
     }
     quantized = functools.partial(ej.quantize, parent(cfg), specs, cfg, Recipe("fp8"))
     params = quantized(input_largest=given)["layers"]
@@ -225,7 +225,7 @@ def test_input_scales():
     assert np.array_equal(params[1]["up"].input_scale, seen / np.float32(448))
     for wrong, message in (
         ({("layers", 1, "up"): 2.0}, r"layers/1/up has shape \(\), not \(8,\)"),
-        ({("layers", 0, "D"): 2.0}, "layers/0/D, which is not quantized"),
+        ({("layers", 0, "D"): 2.0}, "input_largest: no product has layers/0/D"),
         ({("layers", 0, "z"): np.nan}, "layers/0/z: NaN or infinity among its activ"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -424,3 +424,22 @@ def test_scales_of_fake_weights_are_searched_anew_or_frozen():
     assert float(frozen.quantized.scale) == float(before)
     assert float(anew.quantized.scale) == float(before) / 2
     assert anew.dtype == jnp.float32 and anew.shape == (cfg.embed, cfg.ffn)
+
+
+def test_scales_of_blocks_freeze_with_the_rest():
+    """What was searched for stays: the values alone follow the weights."""
+    cfg, recipe = ej.presets.tiny("E"), Recipe("nvfp4", block_scale="four_over_six")
+    specs, params = ej.param_specs(cfg), parent(cfg)
+    like = ej.quantize(params, specs, cfg, recipe)
+    less = jax.tree.map(lambda w: w / 3, params)
+    for name, moved in (("same", params), ("less", less)):
+        got = ej.quantize(moved, specs, cfg, recipe, like=like, frozen=True)
+        want, up = like["layers"][0]["up"], got["layers"][0]["up"]
+        assert np.array_equal(up.block_scale, want.block_scale)
+        assert np.array_equal(up.values, want.values) == (name == "same")
+        step = jnp.repeat(want.block_scale.astype(jnp.float32), 16, axis=1)
+        step = step * want.scale[:, None, None]
+        off = jnp.abs(up.astype(jnp.float32) - moved["layers"][0]["up"])
+        assert jnp.all(off <= 1.001 * step)  # half of the largest step, 4 to 6
+    with pytest.raises(ValueError, match="give a quantized tree"):
+        ej.quantize(params, specs, cfg, recipe, frozen=True)

@@ -233,9 +233,15 @@ def test_a_batch_that_does_not_fit_its_stage_is_refused(elastic, state):
 
 
 def test_divergence_of_the_parent_from_itself_is_zero(elastic, counts):
-    given = elastic.teacher, elastic.teacher, elastic.cfg
+    teacher, cfg = elastic.teacher, elastic.cfg
     itself, slice_of_it = (
-        objectives.divergence(*given, counts[name], [make_batch(STAGE)])
+        objectives.divergence(
+            teacher,
+            ej.slice_params(teacher, elastic.specs, counts[name]),
+            ej.slice_config(cfg, counts[name]),
+            [make_batch(STAGE)],
+            teacher_cfg=cfg,
+        )
         for name in ("full", "small")
     )
     assert abs(itself) < 1e-6 < 1e-2 < slice_of_it

@@ -2,11 +2,13 @@
 
 from elastic_kernels.attention.api import causal_attention
 from elastic_kernels.grouped_matmul.api import expert_mlp, grouped_matmul
-from elastic_kernels.quant_array import FakeQuant, QuantArray, contract
+from elastic_kernels.products import FakeQuant, Observed, contract
+from elastic_kernels.quant_array import QuantArray
 from elastic_kernels.ssd.api import ssd
 
 __all__ = [
     "FakeQuant",
+    "Observed",
     "QuantArray",
     "causal_attention",
     "contract",

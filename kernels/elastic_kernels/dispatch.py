@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-PREFERENCE = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("xla",)}
+PREFERENCE = {"cpu": ("xla",), "gpu": ("scaled", "triton", "xla"), "tpu": ("xla",)}
 SMALLEST_CAPABILITY = 80  # Ampere: bfloat16 and asynchronous copies
 
 _capability = contextvars.ContextVar("capability", default=None)

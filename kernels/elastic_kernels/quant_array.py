@@ -1,4 +1,4 @@
-"""How a weight is stored, and the one place where weights meet activations.
+"""How a quantized weight is stored, and what rounding to its format does.
 
     k the last contracted dimension   b block of 16 along it
 
@@ -42,8 +42,8 @@ class QuantArray:
         a byte along `axis`, the first in the low nibble.
       scale: float32, one for the tensor, or one for each member of a stack.
       block_scale: float8_e4m3fn, one per 16 values along `axis`; None is FP8.
-      input_scale: float32 like `scale`, of the activations that the weight meets;
-        None where they were not calibrated.
+      input_scale: float32 like `scale`, of the activations that the weight meets:
+        they are rounded to the same format before the product. None leaves them.
       axis: the last contracted dimension, negative: counted from the end.
       dtype: what it is used in where nobody says otherwise; computing is in float32.
     """
@@ -167,60 +167,6 @@ class QuantArray:
         return tuple(per)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FakeQuant:
-    """A weight in training: used as it will be once quantized, learning as if exact.
-
-    Attributes:
-      weight: what the optimiser moves.
-      quantized: the same, rounded; no gradient comes through it.
-    """
-
-    weight: jax.Array
-    quantized: QuantArray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def dtype(self):
-        return self.weight.dtype
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.quantized.steps
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def __getitem__(self, index) -> "FakeQuant":
-        return FakeQuant(self.weight[index], self.quantized[index])
-
-    def astype(self, dtype) -> jax.Array:
-        """Exactly the rounded values; the gradient passes straight to `weight`."""
-        rounded = jax.lax.stop_gradient(self.quantized.astype(dtype))
-        return _straight_through(self.weight.astype(dtype), rounded)
-
-
-Weight = jax.Array | QuantArray | FakeQuant
-
-
-def contract(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """Einsum of activations `x` with one weight `w`, in the activations' dtype.
-
-    Layers never ask how a weight is stored: a representation other than an array
-    knows what `astype` means for it. A quantized weight becomes an array here, one at
-    a time, so that the whole model never is one.
-    """
-    return jnp.einsum(equation, x, w.astype(x.dtype))
-
-
 def quantize(
     array: jax.Array,
     format: str,
@@ -228,7 +174,7 @@ def quantize(
     axis: int,
     scale: jax.Array,
     input_scale: jax.Array | None = None,
-    block_scale: str = "max",
+    block_scale: str | jax.Array = "max",
 ) -> QuantArray:
     """`array` rounded to `format` under the scale of its tensor.
 
@@ -243,11 +189,13 @@ def quantize(
         inherited from a parent. Its dimensions are the leading ones of `array`.
       block_scale: `"max"` fits each block's largest value to 6. `"four_over_six"`
         (after arXiv 2512.02010) fits it to 4 where that has a smaller squared error.
+        An array takes those block scales as they are.
 
     Raises:
       ValueError: an unknown format or rule, or blocks that do not fit.
     """
-    if format not in FORMATS or block_scale not in BLOCK_SCALES:
+    given = not isinstance(block_scale, str)
+    if format not in FORMATS or not (given or block_scale in BLOCK_SCALES):
         raise ValueError(
             f"quantize: format {format!r} of {FORMATS}, block_scale {block_scale!r} of "
             f"{BLOCK_SCALES}: choose one of each"
@@ -264,6 +212,8 @@ def quantize(
         )
     if format == "fp8":
         values, blocks = _fp8(array, scale), None
+    elif given:
+        values, blocks = _nvfp4_under(array, scale, block_scale, axis), block_scale
     else:
         values, blocks = _nvfp4(array, scale, axis, block_scale)
     return QuantArray(values, scale, blocks, input_scale, axis, jnp.dtype(array.dtype))
@@ -283,10 +233,28 @@ def dequantize(array: QuantArray, dtype=None) -> jax.Array:
     return weight.astype(array.dtype if dtype is None else dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "axis"))
+def rounded(x: jax.Array, format: str, *, axis: int, scale: jax.Array) -> jax.Array:
+    """`x` quantized and back, in its dtype: activations as a product takes them.
+
+    NVFP4's blocks get the scales of what they hold now. What is beyond the reach of
+    `scale` becomes the largest number that it has.
+
+    Args:
+      axis: the last contracted dimension; negative.
+      scale: from `tensor_scale`, a scalar: of activations seen in a calibration.
+    """
+    if format == "fp8":
+        wide = to_e4m3(divided(x.astype(jnp.float32), scale)).astype(jnp.float32)
+        return (wide * scale).astype(x.dtype)
+    codes, _, whole = _fitted_blocks(x, scale, axis, "max")
+    return (e2m1_values(codes) * whole).reshape(x.shape).astype(x.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def tensor_scale(largest: jax.Array, format: str) -> jax.Array:
     """The float32 scale that fits magnitudes up to `largest`; 1 where that is zero."""
-    scale = _divided(largest.astype(jnp.float32), jnp.float32(LARGEST[format]))
+    scale = divided(largest.astype(jnp.float32), jnp.float32(LARGEST[format]))
     scale = jnp.where(largest == 0, 1.0, jnp.maximum(scale, SMALLEST_SCALE))
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
@@ -332,24 +300,42 @@ def _fp8(array, scale):
         return jax.lax.map(lambda member: _fp8(*member), (array, scale))
     wide = array.astype(jnp.float32)
     wide = jnp.where(jnp.isfinite(wide), wide, jnp.nan)
-    return to_e4m3(_divided(wide, scale))
+    return to_e4m3(divided(wide, scale))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _nvfp4(array, scale, axis, rule):
     if scale.ndim:
         return jax.lax.map(lambda member: _nvfp4(*member, axis, rule), (array, scale))
+    codes, scales, _ = _fitted_blocks(array, scale, axis, rule)
+    return _packed(codes.reshape(array.shape), axis), jnp.squeeze(scales, axis)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nvfp4_under(array, scale, block_scale, axis):
+    """The packed values under scales of blocks that are known."""
+    if scale.ndim:
+        each = array, scale, block_scale
+        return jax.lax.map(lambda member: _nvfp4_under(*member, axis), each)
+    blocks = _blocked(array.astype(jnp.float32), axis)
+    whole = jnp.expand_dims(block_scale.astype(jnp.float32), axis) * scale
+    codes = e2m1_codes(divided(blocks, whole))
+    return _packed(codes.reshape(array.shape), axis)
+
+
+def _fitted_blocks(array, scale, axis, rule):
+    """Codes, block scales, and block times tensor scales; of `array` in blocks."""
     blocks = _blocked(array.astype(jnp.float32), axis)
     largest = _largest(blocks, axis, keepdims=True)
 
     def fitted(top):
-        scales = _divided(largest, top * scale)
+        scales = divided(largest, top * scale)
         scales = jnp.clip(scales, SMALLEST_E4M3, LARGEST_E4M3)
         scales = jnp.where(largest == 0, 1.0, scales)
         scales = jnp.where(jnp.isnan(largest), jnp.nan, scales)
         scales = scales.astype(jnp.float8_e4m3fn)
         whole = scales.astype(jnp.float32) * scale
-        return e2m1_codes(_divided(blocks, whole)), scales, whole
+        return e2m1_codes(divided(blocks, whole)), scales, whole
 
     codes, scales, whole = fitted(LARGEST_E2M1)
     if rule == "four_over_six":
@@ -359,10 +345,11 @@ def _nvfp4(array, scale, axis, rule):
         )
         codes = jnp.where(better, other_codes, codes)
         scales = jnp.where(better, other_scales, scales)
-    return _packed(codes.reshape(array.shape), axis), jnp.squeeze(scales, axis)
+        whole = jnp.where(better, other_whole, whole)
+    return codes, scales, whole
 
 
-def _divided(x, y):
+def divided(x, y):
     """`x / y`, rounded once.
 
     XLA divides by what was broadcast by multiplying with its reciprocal, which is off
@@ -413,14 +400,3 @@ def _split(shape, axis, parts):
 def _spread(scale, ndim):
     """`scale`, shaped to broadcast from the left."""
     return scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))
-
-
-@jax.custom_jvp
-def _straight_through(weight, rounded):
-    del weight
-    return rounded
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return _straight_through(*primals), tangents[0]

@@ -9,8 +9,8 @@ import pytest
 
 from elastic_kernels.grouped_matmul import cases, xla
 from elastic_kernels.grouped_matmul.api import expert_mlp, grouped_matmul
+from elastic_kernels.products import FakeQuant, Observed
 from elastic_kernels.quant_array import (
-    FakeQuant,
     dequantize,
     largest_magnitude,
     quantize,
@@ -280,3 +280,53 @@ def test_fake_experts_learn_as_the_rounded_ones(float64):
     got = jax.value_and_grad(faked, argnums=(0, 1))(up, down)
     want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*rounded)
     assert_close(got, want, 1e-12)
+
+
+# ------------------------------------------------------------------ rounded inputs
+
+
+def rounding(w, format, largest):
+    """Packed, with an input scale per expert."""
+    scale = tensor_scale(largest_magnitude(w, 1), format)
+    inputs = tensor_scale(jnp.asarray(largest, jnp.float32), format)
+    return quantize(w, format, axis=-2, scale=scale, input_scale=inputs)
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_rows_are_rounded_as_the_experts_they_chose(format, m):
+    """Values and gradients of every form are those of the specification."""
+    case = cases.Case(m=m, e=3, c=2, d=16, f=32)
+    x, up, down, experts, gates = cases.inputs(case)
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(x, up, down, gates, implementation):
+        def loss(x, up, down, gates):
+            weights = (
+                FakeQuant(w, rounding(jax.lax.stop_gradient(w), format, largest))
+                for w, largest in ((up, [1.0, 2.0, 4.0]), (down, [3.0, 30.0, 9.0]))
+            )
+            products = both_products(x, *weights, experts, gates, implementation)
+            return sum(jnp.sum(jnp.sin(y)) for y in products), products
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(x, up, down, gates)
+
+    given = x, up, down, gates
+    got, want = run(*given, "xla"), run(*given, "reference")
+    assert_close(got, want, 1e-4)
+    (_, (mlp, product)), _ = got
+    stored = rounding(up, format, [1.0, 2.0, 4.0]), rounding(down, format, [3, 30, 9])
+    plain = both_products(x, *stored, experts, gates, "xla")
+    assert_close((mlp, product), plain, 1e-5)
+    unrounded = [packed(w, format) for w in (up, down)]
+    other = both_products(x, *unrounded, experts, gates, "xla")
+    assert not np.allclose(mlp, other[0], rtol=1e-3)
+
+
+def test_observed_experts_tell_what_they_meet():
+    case = cases.TESTED["uneven"]
+    x, up, _, experts, _ = cases.inputs(case)
+    rows, seen = jnp.broadcast_to(x[:, None], (*experts.shape, case.d)), []
+    y = grouped_matmul(rows, Observed(up, lambda *met: seen.append(met)), experts)
+    assert np.array_equal(y, grouped_matmul(rows, up, experts))
+    assert seen[0][0] is rows and seen[0][1] is experts

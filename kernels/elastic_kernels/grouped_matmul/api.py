@@ -7,8 +7,9 @@
 one hidden activation per (token, choice) is ever kept, and only for the gradient.
 Every row is computed exactly, however unevenly the rows choose.
 
-Quantized matrices become arrays one expert at a time, and get no gradient. Those in
-training become arrays before the loop: their gradients fill as many.
+Quantized matrices become arrays one expert at a time, and get no gradient; those in
+training get that of the exact ones. Where a matrix knows the scale of its inputs, rows
+are rounded by that of the expert they chose.
 """
 
 import jax
@@ -17,12 +18,13 @@ from jaxtyping import Array, Float, Int
 
 from elastic_kernels.dispatch import select
 from elastic_kernels.grouped_matmul import reference, xla
-from elastic_kernels.quant_array import FakeQuant, QuantArray, Weight
+from elastic_kernels.products import FakeQuant, Observed
+from elastic_kernels.quant_array import QuantArray
 
 
 def grouped_matmul(
     x: Float[Array, "m c d"],
-    w: Float[Array | QuantArray | FakeQuant, "e d f"],
+    w: Float[Array | QuantArray | FakeQuant | Observed, "e d f"],
     experts: Int[Array, "m c"],
     *,
     implementation: str | None = None,
@@ -46,7 +48,10 @@ def grouped_matmul(
     _check_shape("grouped_matmul", "w", w, (w.shape[0], x.shape[2], w.shape[-1]))
     available = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul}
     chosen = select("grouped_matmul", implementation, available)
-    return chosen(x, _trained(w), experts)
+    if isinstance(w, Observed):
+        w.see(x, experts)
+        w = w.weight
+    return chosen(x, w, experts)
 
 
 def expert_mlp(
@@ -95,11 +100,7 @@ def expert_mlp(
         _check_shape("expert_mlp", "hidden_mask", hidden_mask, whole)
     available = {"reference": reference.expert_mlp, "xla": xla.expert_mlp}
     chosen = select("expert_mlp", implementation, available)
-    return chosen(x, _trained(up), _trained(down), experts, gates, hidden_mask)
-
-
-def _trained(w: Weight) -> Array | QuantArray:
-    return w.astype(w.dtype) if isinstance(w, FakeQuant) else w
+    return chosen(x, up, down, experts, gates, hidden_mask)
 
 
 def _check_shape(operation: str, name: str, a: jax.Array, expected: tuple) -> None:

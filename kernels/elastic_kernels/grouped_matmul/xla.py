@@ -17,7 +17,8 @@ Few rows read a whole expert for little work. XLA copies what is cut from a stac
 it multiplies; cut in strips that stay in the processor's cache, the copy costs next to
 nothing, and decoding reads the weights from memory once instead of three times.
 
-A quantized matrix is dequantized for its block of rows, and nothing is learnt about it.
+A quantized matrix is dequantized for its block of rows, and rows are rounded as its
+inputs are: again in the backward pass, where that is cheaper than keeping them.
 
 A block that an expert does not fill is closed with row number n. That row lies outside
 every array, so reading it gives zeros and writing to it does nothing.
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from elastic_kernels.products import FakeQuant, met
 from elastic_kernels.quant_array import QuantArray
 
 LARGEST_BLOCK = 256
@@ -41,7 +43,7 @@ Keys = UInt32[Array, "keys"]
 
 def grouped_matmul(
     x: Float[Array, "m c d"],
-    w: Float[Array | QuantArray, "e d f"],
+    w: Float[Array | QuantArray | FakeQuant, "e d f"],
     experts: Int[Array, "m c"],
 ) -> Float[Array, "m c f"]:
     y = _rows_matmul(x.reshape(-1, x.shape[-1]), w, experts.reshape(-1))
@@ -50,8 +52,8 @@ def grouped_matmul(
 
 def expert_mlp(
     x: Float[Array, "m d"],
-    up: Float[Array | QuantArray, "e d f"],
-    down: Float[Array | QuantArray, "e f d"],
+    up: Float[Array | QuantArray | FakeQuant, "e d f"],
+    down: Float[Array | QuantArray | FakeQuant, "e f d"],
     experts: Int[Array, "m c"],
     gates: Float[Array, "m c"],
     hidden_mask: Float[Array, "*m f"] | None = None,
@@ -114,14 +116,14 @@ def _mask_rows(mask: Array | None, tokens: UInt32[Array, "b"]) -> Array | float:
 
 def _times(
     x: Float[Array, "b d"],
-    w: Float[Array | QuantArray, "e d f"],
+    w: Float[Array | QuantArray | FakeQuant, "e d f"],
     e: UInt32[Array, ""],
 ) -> Float[Array, "b f"]:
     """`x @ w[e]` in at least float32, in strips of `w[e]` where rows are few."""
     d, f = w.shape[1:]
     strip = _strip(d, f * w.dtype.itemsize)
-    if len(x) > FEW_ROWS or strip == d or isinstance(w, QuantArray):
-        return _dot("bd,df->bf", x, w[e].astype(x.dtype))
+    if len(x) > FEW_ROWS or strip == d or isinstance(w, QuantArray | FakeQuant):
+        return _dot("bd,df->bf", _met(x, w, e), w[e].astype(x.dtype))
 
     def body(i, y):
         at = (e.astype(i.dtype), i * strip, 0)
@@ -131,6 +133,11 @@ def _times(
 
     zeros = jnp.zeros((len(x), f), _wide(x))
     return jax.lax.fori_loop(0, d // strip, body, zeros)
+
+
+def _met(x: Float[Array, "b d"], w, e: UInt32[Array, ""]) -> Float[Array, "b d"]:
+    """The rows as expert `e` multiplies them."""
+    return met(x, w[e]) if isinstance(w, QuantArray | FakeQuant) else x
 
 
 def _strip(rows: int, row_bytes: int) -> int:
@@ -154,7 +161,7 @@ def _wide(x: Array) -> jnp.dtype:
 @jax.custom_vjp
 def _rows_matmul(
     x: Float[Array, "n d"],
-    w: Float[Array | QuantArray, "e d f"],
+    w: Float[Array | QuantArray | FakeQuant, "e d f"],
     experts: Int[Array, "n"],
 ) -> Float[Array, "n f"]:
     return _rows_matmul_forward(x, w, experts)[0]
@@ -177,16 +184,26 @@ def _rows_matmul_backward(saved, dy):
         dx, dw = carry
         dy_b = _take(dy, row)
         dx = _add(dx, row, _dot("bf,df->bd", dy_b, w[e].astype(x.dtype)))
-        return dx, _learnt(dw, e, "bd,bf->df", _take(x, row), dy_b)
+        return dx, _learnt(dw, e, "bd,bf->df", _met(_take(x, row), w, e), dy_b)
 
     zeros = jnp.zeros_like(x), _no_gradient(w, _wide(x))
     dx, dw = _over_blocks(keys, len(x), body, zeros)
-    return dx, None if dw is None else dw.astype(w.dtype), None
+    return dx, _gradient(dw, w), None
 
 
-def _no_gradient(w: Array | QuantArray, dtype) -> Array | None:
-    """Zeros to add to; None for a quantized matrix."""
-    return None if isinstance(w, QuantArray) else jnp.zeros_like(w, dtype)
+def _no_gradient(w: Array | QuantArray | FakeQuant | None, dtype) -> Array | None:
+    """Zeros to add to; None where nothing is learnt."""
+    if w is None or isinstance(w, QuantArray):
+        return None
+    return jnp.zeros(w.shape, dtype)
+
+
+def _gradient(g: Array | None, w: Array | QuantArray | FakeQuant | None):
+    """The sum as what `custom_vjp` expects beside `w`."""
+    if g is None:
+        return None
+    g = g.astype(w.dtype)
+    return FakeQuant(g, None) if isinstance(w, FakeQuant) else g
 
 
 def _learnt(dw: Array | None, e, equation: str, x: Array, y: Array) -> Array | None:
@@ -237,9 +254,10 @@ def _mlp_backward(saved, dy):
         active = jax.lax.dynamic_slice_in_dim(kept, start, len(row)).astype(wide)
         mask_b = _mask_rows(mask, row // c)
         hidden = active**2 * mask_b
+        met_hidden = _met(hidden.astype(x.dtype), down, e).astype(wide)
 
         dhidden = _dot("bd,fd->bf", dy_b, down[e].astype(x.dtype))
-        dgates = _add(dgates, row, jnp.sum(dhidden * hidden, axis=-1))
+        dgates = _add(dgates, row, jnp.sum(dhidden * met_hidden, axis=-1))
         if mask is not None:
             dmask_b = gate * dhidden * active**2
             dmask = (
@@ -249,19 +267,19 @@ def _mlp_backward(saved, dy):
             )
         dactive = (2 * gate * active * mask_b * dhidden).astype(x.dtype)
         dx = _add(dx, row // c, _dot("bf,df->bd", dactive, up[e].astype(x.dtype)))
-        dup = _learnt(dup, e, "bd,bf->df", _take(x, row // c), dactive)
-        gated = (gate * hidden).astype(x.dtype)
+        met_rows = _met(_take(x, row // c), up, e)
+        dup = _learnt(dup, e, "bd,bf->df", met_rows, dactive)
+        gated = (gate * met_hidden).astype(x.dtype)
         ddown = _learnt(ddown, e, "bf,bd->fd", gated, dy_b)
         return dx, dup, ddown, dgates, dmask
 
     of = (x, up, down, gates.reshape(-1), mask)
-    zeros = tuple(None if a is None else _no_gradient(a, wide) for a in of)
+    zeros = tuple(_no_gradient(a, wide) for a in of)
     dx, dup, ddown, dgates, dmask = _over_blocks(keys, n, body, zeros)
     dgates = dgates.reshape(gates.shape)
     grads = dx, dup, ddown, None, dgates, dmask
     like = x, up, down, None, gates, mask
-    pairs = zip(grads, like, strict=True)
-    return tuple(None if g is None else g.astype(a.dtype) for g, a in pairs)
+    return tuple(map(_gradient, grads, like))
 
 
 _expert_mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -1,0 +1,160 @@
+"""The one place where weights meet activations, however a weight is stored.
+
+A weight is an array, a `QuantArray`, or, while it is trained or looked at, one of the
+two forms here. Layers never ask which. A quantized weight that knows the scale of its
+inputs has them rounded as well, as hardware does that multiplies in FP8 or NVFP4.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from elastic_kernels import quant_array
+from elastic_kernels.dispatch import select
+from elastic_kernels.quant_array import QuantArray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuant:
+    """A weight in training: used as it will be once quantized, learning as if exact.
+
+    Attributes:
+      weight: what the optimiser moves.
+      quantized: the same, rounded; no gradient comes through it.
+    """
+
+    weight: jax.Array
+    quantized: QuantArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.quantized.steps
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, index) -> "FakeQuant":
+        return FakeQuant(self.weight[index], self.quantized[index])
+
+    def astype(self, dtype) -> jax.Array:
+        """Exactly the rounded values; the gradient passes straight to `weight`."""
+        rounded = jax.lax.stop_gradient(self.quantized.astype(dtype))
+        return _straight_through(self.weight.astype(dtype), rounded)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A weight that tells what it meets; it lives within one trace, and is no pytree.
+
+    Attributes:
+      weight: what computes.
+      see: called with the activations, and, where a stack of weights is met by rows
+        that choose, with the choice of each row.
+    """
+
+    weight: jax.Array
+    see: Callable[..., None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+
+Weight = jax.Array | QuantArray | FakeQuant | Observed
+
+
+def contract(
+    equation: str, x: jax.Array, w: Weight, *, implementation: str | None = None
+) -> jax.Array:
+    """Einsum of activations `x` with one weight `w`, in the activations' dtype.
+
+    A quantized weight becomes an array here, one at a time, so that the whole model
+    never is one. Gradients pass through every rounding as if it were none.
+
+    Args:
+      equation: of two terms; no letter of `w` is a stack.
+      implementation: of a product whose factors are both rounded. "xla" multiplies what
+        they stand for; "scaled" multiplies FP8 numbers and applies the scales behind,
+        which units for FP8 do several times faster. None is the device's default.
+    """
+    if isinstance(w, Observed):
+        w.see(x)
+        w = w.weight
+    if _input_scale(w) is None:
+        return jnp.einsum(equation, x, w.astype(x.dtype))
+    available = {"xla": _rounded_product, "scaled": _scaled_product}
+    if isinstance(w, FakeQuant) or w.format != "fp8":
+        del available["scaled"]  # no gradient; and no portable product of E2M1
+    return select("contract", implementation, available)(equation, x, w)
+
+
+def met(x: jax.Array, w: Weight, axis: int = -1) -> jax.Array:
+    """Activations as the product with `w` has them, rounded where its inputs are.
+
+    Args:
+      axis: the dimension of `x` that meets the last contracted one; negative.
+    """
+    scale = _input_scale(w)
+    if scale is None:
+        return x
+    format = w.quantized.format if isinstance(w, FakeQuant) else w.format
+    exact = jax.lax.stop_gradient(x)
+    rounded = quant_array.rounded(exact, format, axis=axis, scale=scale)
+    return _straight_through(x, rounded)
+
+
+def _input_scale(w: Weight) -> jax.Array | None:
+    if isinstance(w, FakeQuant):
+        return w.quantized.input_scale
+    return w.input_scale if isinstance(w, QuantArray) else None
+
+
+def _rounded_product(equation: str, x: jax.Array, w: QuantArray | FakeQuant):
+    rounded = met(x, w, _met_axis(equation, w))
+    return jnp.einsum(equation, rounded, w.astype(x.dtype))
+
+
+def _scaled_product(equation: str, x: jax.Array, w: QuantArray):
+    """FP8 times FP8, accumulated in float32, then both scales."""
+    scale = w.input_scale
+    wide = quant_array.divided(x.astype(jnp.float32), scale)
+    numbers = quant_array.to_e4m3(wide), w.values
+    y = jnp.einsum(equation, *numbers, preferred_element_type=jnp.float32)
+    return (y * (scale * w.scale)).astype(x.dtype)
+
+
+def _met_axis(equation: str, w: QuantArray | FakeQuant) -> int:
+    """The dimension of the activations that meets the weight's last contracted one."""
+    axis = w.quantized.axis if isinstance(w, FakeQuant) else w.axis
+    x_dims, w_dims = equation.split("->")[0].split(",")
+    return x_dims.index(w_dims[axis]) - len(x_dims)
+
+
+@jax.custom_jvp
+def _straight_through(exact, rounded):
+    del exact
+    return rounded
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return _straight_through(*primals), tangents[0]
