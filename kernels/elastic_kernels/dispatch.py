@@ -37,7 +37,8 @@ def select(
         name, all do. Raised by the function that is returned.
     """
     if implementation is None:
-        order = PREFERENCE.get(jax.default_backend(), ("xla",))
+        backend = "gpu" if forced_capability() else jax.default_backend()
+        order = PREFERENCE.get(backend, ("xla",))
         order = [name for name in order if name in available]
         return _first_willing(operation, order, available)
     if implementation not in available:
@@ -69,10 +70,10 @@ def lazy(module: str, function: str) -> Callable:
 
 @contextlib.contextmanager
 def target(capability: int) -> Iterator[None]:
-    """Kernels traced inside are for a GPU that is not here: 80, 90, 100, 120.
+    """What is traced inside is for a GPU that is not here: 80, 90, 100, 120.
 
-    For compiling without a device. Trace afresh: what `jax.jit` traced before, for
-    another target, it would use again.
+    For compiling without a device: the default device is then this one. Trace afresh:
+    what `jax.jit` traced before, for another target, it would use again.
     """
     token = _capability.set(capability)
     try:
