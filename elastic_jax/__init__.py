@@ -42,6 +42,7 @@ _ON_FIRST_USE = {
     "calibrate": "importance",
     "input_statistics": "calibration",
     "quantization_errors": "quantization_error",
+    "quantize_nested": "post_training",
     "Router": "router",
     "save_nested": "checkpoint",
     "open_nested": "checkpoint",

@@ -31,7 +31,6 @@ used in. Both are only believed where they agree with the arrows. A reader refus
 version, or a member, that it does not know.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -42,9 +41,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
-from elastic_jax import axes, nesting
+from elastic_jax import nesting
 from elastic_jax.axes import Counts
 from elastic_jax.config import ModelConfig, did_you_mean
 from elastic_jax.contents import (
@@ -53,8 +51,6 @@ from elastic_jax.contents import (
     budget_problems,
     formats_of,
     layout,
-    origins,
-    stored_name,
     tree_problems,
 )
 from elastic_jax.directories import appearing, locked
@@ -70,10 +66,9 @@ from elastic_jax.manifest import (
     unflat,
 )
 from elastic_jax.model import param_specs
-from elastic_jax.parts import SCALES, invalid_scales, packed_axis, parts
-from elastic_jax.sharding import of_parts
+from elastic_jax.parts import invalid_scales
+from elastic_jax.prefixes import Prefix, placed, prefixes
 from elastic_jax.stored import StoredArrays, parallel, write_arrays
-from elastic_kernels import QuantArray
 
 
 def save_nested(
@@ -222,7 +217,7 @@ class Nested:
         """As `restore`, in leaves that are read, and verified, when they are needed."""
         stored, cfg = self._stored(budget, dtype)
 
-        def lazily(part: _Prefix) -> LazyArray:
+        def lazily(part: Prefix) -> LazyArray:
             def read() -> np.ndarray:
                 value = self._arrays.prefix(part.name, part.shape, part.dtype)
                 if part.is_scale and not allow_nonfinite:
@@ -261,11 +256,12 @@ class Nested:
             all of them.
         """
         stored, cfg = self._stored(budget, dtype)
-        placed = _placed(shardings, stored, param_specs(cfg))
-        prefixes, structure = jax.tree.flatten(placed)
+        leaves, structure = jax.tree.flatten(
+            placed(shardings, stored, param_specs(cfg))
+        )
         invalid: dict[str, int] = {}
 
-        def read(part: _Prefix) -> jax.Array:
+        def read(part: Prefix) -> jax.Array:
             def look(value: np.ndarray) -> None:
                 if part.is_scale and not allow_nonfinite:
                     n = invalid_scales(value)
@@ -275,7 +271,7 @@ class Nested:
                 part.name, part.shape, part.dtype, part.sharding, look
             )
 
-        values = parallel(read, prefixes)
+        values = parallel(read, leaves)
         self._refuse(invalid)
         return jax.tree.unflatten(structure, values), cfg
 
@@ -295,29 +291,7 @@ class Nested:
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"restore: expected a floating dtype, got {dtype}")
         counts = self.counts(budget)
-        cfg = nesting.slice_config(self.cfg, counts)
-        specs, leaves = param_specs(cfg), {}
-        origin = origins(self.cfg, counts)
-        for path, spec in specs:
-            name = stored_name(origin[path])
-            shape = axes.shape(cfg, specs, path, spec)
-            if name not in self.formats:
-                kind = jnp.dtype(self.dtypes[name] if dtype is None else dtype)
-                leaves[path] = _Prefix(name, shape, kind)
-                continue
-            prefixes = {
-                part: _Prefix(
-                    f"{name}.{part}", array.shape, array.dtype, is_scale=part in SCALES
-                )
-                for part, array in parts(spec, shape, self.formats[name]).items()
-                if f"{name}.{part}" in self.dtypes
-            }
-            leaves[path] = QuantArray(
-                **{"block_scale": None, "input_scale": None, **prefixes},
-                axis=packed_axis(spec),
-                dtype=jnp.dtype(dtype or self._quantized[name]["dtype"]),
-            )
-        return axes.nest(leaves), cfg
+        return prefixes(self.cfg, counts, self.dtypes, self._quantized, dtype)
 
     def counts(self, budget: str | Mapping | None) -> Counts:
         """The counts of a budget by name, or any counts, once they are checked."""
@@ -366,17 +340,6 @@ def open_nested(path: str | os.PathLike) -> Nested:
         )
 
 
-@dataclass(frozen=True)
-class _Prefix:
-    """What to read: the first `shape` of an array, as `dtype`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_scale: bool = False
-    sharding: Sharding | None = None
-
-
 def _problems(
     cfg: ModelConfig, budgets: Mapping, arrays: Mapping, formats: Formats
 ) -> Iterator[str]:
@@ -388,31 +351,3 @@ def _problems(
         return
     yield from array_problems(expected, arrays)
     yield from budget_problems(cfg, budgets, formats)
-
-
-def _placed(shardings: Any, stored: Any, specs) -> Any:
-    """The tree `stored`, each prefix with its sharding."""
-    if shardings is None:
-        return stored
-
-    def placed(path, _, leaf):
-        whole = isinstance(shardings, Sharding)
-        place = shardings if whole else axes.leaf(shardings, path)
-        at = lambda part, where: dataclasses.replace(part, sharding=where)
-        if not isinstance(leaf, QuantArray):
-            return at(leaf, place)
-        if isinstance(place, Sharding):
-            place = of_parts(place, leaf)
-        names = (field.name for field in dataclasses.fields(leaf))
-        parts = {n: getattr(leaf, n) for n in names}
-        parts = {n: p for n, p in parts.items() if isinstance(p, _Prefix)}
-        moved = {n: at(part, getattr(place, n)) for n, part in parts.items()}
-        return dataclasses.replace(leaf, **moved)
-
-    try:
-        return axes.map_specs(placed, specs, stored)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"shardings: {error!r} is missing; expected one sharding, or a tree shaped "
-            "like the submodel, as param_shardings gives for its configuration"
-        ) from None

@@ -18,6 +18,7 @@ from elastic_jax.config import did_you_mean
 from elastic_jax.cost import cost
 from elastic_jax.directories import check_free
 from elastic_jax.huggingface import model_card, open_hf, to_hf
+from elastic_jax.huggingface.quantization_config import MODELOPT
 from elastic_jax.model import param_specs
 
 Progress = Callable[[str, int, int], None]  # what is done, bytes of it, of how many
@@ -81,6 +82,7 @@ def export_hf(
     budget: str | Mapping[str, Any] | None = None,
     *,
     dtype: Any = None,
+    format: str = MODELOPT,
     pad_to_uniform: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -89,7 +91,7 @@ def export_hf(
 
     Args:
       budget: name of a budget, any counts, or None for the parent.
-      dtype, pad_to_uniform, overwrite: as of `to_hf`.
+      dtype, format, pad_to_uniform, overwrite: as of `to_hf`.
 
     Returns:
       lines that the user should know.
@@ -101,11 +103,12 @@ def export_hf(
     _apart(checkpoint, directory)
     nested = open_nested(checkpoint)
     params, cfg = nested.lazy(budget)
-    to_hf(
+    notes = to_hf(
         directory,
         params,
         cfg,
         dtype=dtype,
+        format=format,
         pad_to_uniform=pad_to_uniform,
         carried=nested.provenance.get("huggingface"),
         files=nested.files(),
@@ -114,11 +117,11 @@ def export_hf(
         on_bytes=lambda done, total: progress("write", done, total),
     )
     if "E" in cfg.pattern and "-" in cfg.pattern:
-        return (
+        notes += (
             "blocks E and - together load in transformers; the converter of llama.cpp "
             "cannot take them",
         )
-    return ()
+    return notes
 
 
 def slice_nested(
@@ -195,12 +198,15 @@ def _story(nested: Nested, budget: Any) -> tuple[str, ...]:
     counts: Counts = nested.counts(budget)
     parent = cost(param_specs(nested.cfg), nested.cfg)
     kept = ", ".join(f"`{axis}` {n}" for axis, n in counts.items())
+    formats = sorted({*nested.formats.values()})
     named = f"budget `{budget}` of" if isinstance(budget, str) else "cut from"
     lines = [
         f"{named} a nested checkpoint with {parent.total_params:,} parameters, "
         f"{parent.active_params:,} active",
         f"kept, the first units of every axis in order of importance: {kept or 'all'}",
     ]
+    if formats:
+        lines.append(f"quantized in the nested checkpoint: {', '.join(formats)}")
     told = ("imported", "date", "sliced")
     return (
         *lines,

@@ -85,6 +85,18 @@ class Recipe:
         _refuse("invalid Recipe", problems)
 
 
+def names(specs: ParamSpecs, cfg: ModelConfig) -> dict[Path, str]:
+    """Path -> the parameter's name as rules have it, `kind/name`."""
+
+    def kind(path: Path) -> str:
+        if path[0] != "layers":
+            return "model"
+        before = cfg.pattern[path[1] : path[1] + 2] == "M*"
+        return "mamba_before_attention" if before else _KIND[cfg.pattern[path[1]]]
+
+    return {path: f"{kind(path)}/{path[-1]}" for path, _ in specs}
+
+
 def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, str]:
     """Path -> format of every parameter that `recipe` quantizes.
 
@@ -92,14 +104,14 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
       ValueError: rules that match nothing, or ask for what cannot be: nothing
         contracted, blocks that do not fit, or several formats in one tensor.
     """
-    names = {path: _name(path, cfg) for path, _ in specs}
+    called = names(specs, cfg)
     defaults = [(pattern, recipe.format) for pattern in NANO_V3]
     chosen, problems = {}, []
     for path, spec in specs:
         matching = [
             format
             for pattern, format in (*defaults, *recipe.rules)
-            if fnmatch.fnmatchcase(names[path], pattern)
+            if fnmatch.fnmatchcase(called[path], pattern)
         ]
         format = matching[-1] if matching else KEEP
         if format == KEEP:
@@ -107,7 +119,7 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
         if not meets_activations(spec):
             continue
         chosen[path] = format
-        where = f"{_text(path)} ({names[path]})"
+        where = f"{_text(path)} ({called[path]})"
         if format == "nvfp4":
             dim = spec.contracted[-1]
             size = axes.entry(specs, path, dim, getattr(cfg, dim))
@@ -116,12 +128,12 @@ def formats(specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe) -> dict[Path, s
                     f"{where}: its last contracted dimension {dim} is {size}, no "
                     f"multiple of {BLOCK}; keep it or use fp8"
                 )
-    present = {name.split("/")[0] for name in names.values()}
-    products = {names[path] for path, spec in specs if meets_activations(spec)}
+    present = {name.split("/")[0] for name in called.values()}
+    products = {called[path] for path, spec in specs if meets_activations(spec)}
     for pattern, format in recipe.rules:
-        matched = set(fnmatch.filter(names.values(), pattern))
+        matched = set(fnmatch.filter(called.values(), pattern))
         if not matched and any(_may_match(kind, pattern) for kind in present):
-            near = did_you_mean(pattern, set(names.values()))
+            near = did_you_mean(pattern, set(called.values()))
             problems.append(f"rule {pattern!r} matches no parameter{near}")
         elif matched and format != KEEP and not matched & products:
             problems.append(
@@ -230,24 +242,20 @@ def dequantize(params: Any) -> Any:
     )
 
 
-def fake(
-    params: Any, specs: ParamSpecs, cfg: ModelConfig, recipe: Recipe, **scales: Any
-) -> Any:
-    """`params` that compute as if quantized, and learn as if not.
+def fake(params: Any, quantized: Any, specs: ParamSpecs) -> Any:
+    """`params` that compute as `quantized` does, and learn as if they were exact.
 
-    To be called inside the loss: gradients reach `params` as though rounding were the
-    identity (straight-through). Cut the result, not `params`, so that a submodel trains
-    under its parent's scales.
+    Gradients reach `params` as though rounding were the identity (straight-through).
+    Cut the result, not `params`, so that a submodel trains under its parent's scales.
 
     Args:
-      scales: as of `quantize`. Without `like`, they are those of the present weights.
+      quantized: of these very params.
     """
-    rounded = quantize(jax.lax.stop_gradient(params), specs, cfg, recipe, **scales)
 
-    def both(path, spec, weight, quantized):
-        return FakeQuant(weight, quantized) if _is_stored(quantized) else weight
+    def both(path, spec, weight, rounded):
+        return FakeQuant(weight, rounded) if _is_stored(rounded) else weight
 
-    return axes.map_specs(both, specs, params, rounded)
+    return axes.map_specs(both, specs, params, quantized)
 
 
 def table(
@@ -267,7 +275,8 @@ def table(
       counts: the submodel to count, cut from the quantized parent.
     """
     chosen = formats(specs, cfg, recipe)
-    named = [(_name(path, cfg).split("/"), path, spec) for path, spec in specs]
+    called = names(specs, cfg)
+    named = [(called[path].split("/"), path, spec) for path, spec in specs]
     kept = (counts or {}).get("layers", (1,) * cfg.layers)
     rows: dict[tuple, dict[str, Any]] = {}
     for (kind, name), path, spec in sorted(named, key=lambda n: KINDS.index(n[0][0])):
@@ -298,15 +307,6 @@ def table(
 def size_bytes(params: Any) -> int:
     """Bytes of all arrays of a tree, or of what `jax.eval_shape` says of them."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-
-
-def _name(path: Path, cfg: ModelConfig) -> str:
-    """`kind/name`, as rules have it."""
-    if path[0] != "layers":
-        return f"model/{path[0]}"
-    _, block, name = path
-    before = cfg.pattern[block : block + 2] == "M*"
-    return f"{'mamba_before_attention' if before else _KIND[cfg.pattern[block]]}/{name}"
 
 
 def _may_match(kind: str, pattern: str) -> bool:

@@ -10,10 +10,12 @@ teacher of its own size, which recovers more than a larger one (arXiv 2601.20088
 Cross entropy on the data (QAT) is there to be compared with.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 from elastic_jax.axes import Counts, Path
@@ -23,7 +25,7 @@ from elastic_jax.elastic import Elastic
 from elastic_jax.model import param_specs
 from elastic_jax.nesting import slice_config, slice_params
 from elastic_jax.objectives import Objective, hidden_of, kl_from, read_out
-from elastic_jax.quantize import Recipe, fake
+from elastic_jax.quantize import Recipe, fake, quantize
 from elastic_jax.train import accumulated
 
 SCALES = ("recomputed", "frozen")
@@ -96,32 +98,34 @@ def quantized_objective(
         )
     if like is not None and input_largest is not None:
         raise ValueError("input_largest: a tree `like` has input scales of its own")
-    scales = {"like": like, "input_largest": input_largest}
+    settings = elastic.cfg, training
     weights = stage.budget_weights(len(elastic.budgets))
 
     def gradients(state, batch, step):
         at = int(state.step)
         drawn = sample_budgets(elastic.seed, at, weights, stage.micro_batches)
+        # Rounded once a step, for all budgets.
+        rounded = _rounded(state.params, like, input_largest, *settings)
+        names = [elastic.names[i] for i in drawn]
         calls = [
-            (
-                elastic.names[i],
-                (elastic.cfg, counts[elastic.names[i]], training, elastic.chunk),
-                (elastic.teacher, scales),
-            )
-            for i in drawn
+            (n, (*settings, counts[n], elastic.chunk), (elastic.teacher, rounded))
+            for n in names
         ]
         return accumulated(_loss, calls, state, batch, stage, elastic.mesh)
 
     return Objective(gradients)
 
 
-def _loss(trained, rows, teacher, scales, cfg, counts, training, chunk):
-    specs = param_specs(cfg)
-    frozen = training.scales == "frozen"
-    rounded = fake(
-        trained["params"], specs, cfg, training.recipe, frozen=frozen, **scales
-    )
-    small, small_cfg = slice_params(rounded, specs, counts), slice_config(cfg, counts)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _rounded(params, like, input_largest, cfg, training):
+    specs, scales = param_specs(cfg), {"like": like, "input_largest": input_largest}
+    scales["frozen"] = training.scales == "frozen"
+    return quantize(params, specs, cfg, training.recipe, **scales)
+
+
+def _loss(trained, rows, teacher, rounded, cfg, training, counts, chunk):
+    specs, small_cfg = param_specs(cfg), slice_config(cfg, counts)
+    small = slice_params(fake(trained["params"], rounded, specs), specs, counts)
     hidden = hidden_of(small, rows, small_cfg)
     if training.loss == "cross_entropy":
         loss = cross_entropy_loss(

@@ -5,9 +5,9 @@
 Saves a nested checkpoint with the widths of Nemotron 3 Nano (fewer blocks, experts
 and vocabulary entries: 270 MB) and restores submodels of it. Bytes are what the
 process reads (`rchar`), metadata included; a share is the submodel's fraction of the
-parent's bytes in memory, times the bytes on disk. The cost of verifying is the difference
-to the same checkpoint stored without checksums, restored in turn, in CPU seconds,
-which other processes disturb least.
+parent's bytes in memory, times the bytes on disk. The cost of verifying is the
+difference to the same checkpoint stored without checksums, restored in turn, in CPU
+seconds, which other processes disturb least.
 
 2 cores of an AMD EPYC shared with other work, files in the page cache, JAX 0.10.2,
 2026-11-22, 3 minutes with --repeats=15:
@@ -25,8 +25,8 @@ which other processes disturb least.
     12B  expert_ffn=960 embed=1920                  77.5      78.7          1.015
     six random counts on eight axes                46-91     49-95    1.004-1.086
 
-    verifying, in bfloat16: 8.7% of restoring 30B (1.28 s), 6.9% of 12B (0.61 s). TensorStore's
-    wheel computed the CRC-32C from tables here, at about 3 GB/s.
+    verifying, in bfloat16: 8.7% of restoring 30B (1.28 s), 6.9% of 12B (0.61 s).
+    TensorStore's wheel computed the CRC-32C from tables here, at about 3 GB/s.
 """
 
 import argparse

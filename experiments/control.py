@@ -8,7 +8,6 @@ pairs alike. Beside them stands a cost that is the same on every machine: active
 parameters times tokens processed.
 """
 
-import dataclasses
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -109,18 +108,10 @@ def report(workdir: pipeline.Workdir) -> None:
 
 def _trained(plan, workdir, nested, seed: int, allow_changes: bool) -> str:
     """The folder of elastic training with this seed; trains unless it is complete."""
-    if seed == 0:
-        return "elastic"
-    folder = f"elastic-{seed}"
-    values = plan.values | {"seed": plan.values["seed"] + seed}
-    pipeline.elastic_training(
-        dataclasses.replace(plan, values=values),
-        workdir,
-        folder,
-        nested,
-        keep_stages=True,
-        allow_changes=allow_changes,
-    )
+    seeded, folder = pipeline.of_seed(plan, seed)
+    if seed:
+        options = {"keep_stages": True, "allow_changes": allow_changes}
+        pipeline.elastic_training(seeded, workdir, folder, nested, **options)
     return folder
 
 

@@ -7,6 +7,8 @@
       checkpoint/    the nested checkpoint            results.json report.md *.png
       elastic-1/     the same with another seed       stages/      weights at stage ends
       control.json   thinking and answering           budget_control.md
+      quantized/     quantized nested checkpoints     quantization.json, .md and .png
+      qad-0/ qat-0/  training for them                inputs-0.npz   their calibration
 
 A phase that is complete is read back, not run again.
 """
@@ -31,6 +33,7 @@ from elastic_jax.axes import AXES, blocks_with
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.latency_grid import PHASES
+from elastic_jax.manifest import plain
 from elastic_jax.router import budget_input, make_router
 from experiments import parents
 from experiments.settings import Plan, with_table
@@ -104,9 +107,13 @@ def run_stages(
     router: Any = None,
     allow_changes: bool = False,
     weight_decay: float = 0.0,
+    about: Mapping[str, Any] | None = None,
     **hooks: Any,
 ) -> tuple[train.TrainState, dict[str, Any]]:
-    """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short."""
+    """Trains in `workdir/name`, with a bar per stage; resumes if it was cut short.
+
+    `about` joins what a save belongs to.
+    """
     folder = workdir.path / name
     optimizer = train.optimizer(ej.param_specs(plan.cfg), weight_decay=weight_decay)
     state = train.init_state(params, optimizer, router)
@@ -134,7 +141,7 @@ def run_stages(
                 plan.task.data[stage.name], batch=stage.batch, seed=plan.values["seed"]
             ),
             optimizer=optimizer,
-            identity=identity(plan, stages),
+            identity=identity(plan, stages) | plain(about or {}, "about"),
             checkpoints=saved,
             save_every=plan.values["save_every"],
             log_every=plan.values["log_every"],
@@ -147,7 +154,7 @@ def run_stages(
 
 def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
-    apart = ("controls", "control", "stages")
+    apart = ("controls", "control", "quantization", "stages")
     values = {k: v for k, v in plan.values.items() if k not in apart}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
     digests = {stage.name: plan.task.data[stage.name].digest() for stage in stages}
@@ -313,9 +320,9 @@ def calibration_batches(plan: Plan, rows: int) -> list[dict[str, Any]]:
     return stacked([task[i] for i in range(rows)], plan.values["calibration"]["batch"])
 
 
-def scores(plan: Plan, workdir: Workdir, params: Any):
-    """Importance of every width axis, and of whole blocks."""
-    batches = [
+def read_batches(plan: Plan) -> list[dict[str, Any]]:
+    """The calibration batches as a pass over them takes them."""
+    return [
         {
             "tokens": batch["tokens"],
             "segment_ids": batch["segment_ids"],
@@ -323,6 +330,11 @@ def scores(plan: Plan, workdir: Workdir, params: Any):
         }
         for batch in calibration_batches(plan, plan.values["calibration"]["rows"])
     ]
+
+
+def scores(plan: Plan, workdir: Workdir, params: Any):
+    """Importance of every width axis, and of whole blocks."""
+    batches = read_batches(plan)
     with bar("scores", len(batches)) as advance:
         seen = iter(range(1, len(batches) + 1))
         found = calibrate(
@@ -502,6 +514,14 @@ def elastic_training(
         allow_changes=allow_changes,
     )
     return state, settled(facts), elastic
+
+
+def of_seed(plan: Plan, seed: int) -> tuple[Plan, str]:
+    """The plan with other draws, and the name of its elastic training."""
+    if seed == 0:
+        return plan, "elastic"
+    values = plan.values | {"seed": plan.values["seed"] + seed}
+    return dataclasses.replace(plan, values=values), f"elastic-{seed}"
 
 
 def stage_end(workdir: Workdir, name: str, stage: str) -> pathlib.Path:

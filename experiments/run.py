@@ -28,10 +28,10 @@ import elastic_jax as ej  # noqa: E402
 from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
 from elastic_jax.budgets import not_nested, relative_targets  # noqa: E402
 from elastic_jax.manifest import plain  # noqa: E402
-from experiments import control, pipeline, settings  # noqa: E402
+from experiments import control, pipeline, quantization, settings  # noqa: E402
 
 # What may change between runs in one workdir: measurements, and no weights they are of.
-MEASURED = ("controls", "control")
+MEASURED = ("controls", "control", "quantization")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment's file")
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is kept")
@@ -122,6 +122,8 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     if plan.values["control"]["caps"]:
         with workdir.phase("control", "thinking and answering"):
             control.measure(plan, workdir, nested, allow_changes=allow)
+    if plan.values["quantization"]["arms"]:
+        quantization.measure(plan, workdir, nested, allow_changes=allow)
     divergence = {
         "main": pipeline.divergences(
             plan, workdir, "elastic", nested, state.params, counts
@@ -183,6 +185,8 @@ def _report(workdir, results) -> None:
     report.write_report(workdir.path, shown)
     if results["identity"]["control"]["caps"]:
         control.report(workdir)
+    if results["identity"]["quantization"]["arms"]:
+        quantization.report(workdir)
 
 
 def _evaluated(plan, path, counts, nested) -> list[dict]:

@@ -22,10 +22,20 @@ import elastic_jax as ej
 from elastic_jax import budgets as budget_zone
 from elastic_jax.budget_control import HAND_OVERS
 from elastic_jax.curriculum import Stage, check_stages
+from elastic_jax.quantize import formats
+from elastic_jax.quantized_training import SCALES, TEACHERS
+from elastic_kernels import quant_array
 from experiments import parents
 from experiments.sources import SOURCES, Task
 
 CONTROLS = ("none", "one", "full")
+QUANTIZED = "quantized"  # the stage that trains for a quantized checkpoint
+# Arm -> format, and how the weights come to it.
+ARMS = {
+    f"{format}_{way}": (format, way)
+    for format in quant_array.FORMATS
+    for way in ("ptq", "qad", "qat")
+}
 
 
 class InvalidConfig(ValueError):
@@ -47,6 +57,8 @@ class Plan:
       budgets: (name, Budget), the full model first.
       feasible: lines about what the budgets allow, for the report.
       parent_stage, stages: training stages.
+      quantized_stage: for a quantized checkpoint.
+      recipes: arm of `quantization` -> which parameters it rounds.
       task: its data, and how models are judged.
     """
 
@@ -57,6 +69,8 @@ class Plan:
     feasible: tuple[str, ...]
     parent_stage: Stage
     stages: tuple[Stage, ...]
+    quantized_stage: Stage
+    recipes: dict[str, ej.Recipe]
     task: Task
 
     @functools.cached_property
@@ -120,8 +134,10 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
     if unknown := sorted(set(names) - set(groups)):
         problems.append(f"stages.names: no group for {unknown}, have {sorted(groups)}")
     staged = {name: groups[name] for name in names if name in groups}
+    quantized = values["quantization"]
     parent_stage = attempt(lambda: _stage("parent", values["parent_training"]))
     stages = [attempt(lambda n=n, g=g: _stage(n, g)) for n, g in staged.items()]
+    quantized_stage = attempt(lambda: _stage(QUANTIZED, quantized["stage"]))
     elastic = attempt(lambda: _elastic(values["elastic"]))
     budgets = attempt(lambda: _budgets(values["budgets"], values["latency"]))
     if None not in stages and budgets is not None:
@@ -133,12 +149,16 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
         feasible = attempt(lambda: _feasible(elastic, cfg, budgets))
     task = None
     if (source := values["data"]["source"]) in SOURCES:
-        task = attempt(lambda: SOURCES[source](values, staged))
+        read = staged | {QUANTIZED: quantized["stage"]} if quantized["arms"] else staged
+        task = attempt(lambda: SOURCES[source](values, read))
     else:
         problems.append(f"data.source {source!r}{_did_you_mean(source, SOURCES)}")
     problems += _odd_values(values, cfg, task)
     if values["control"]["caps"]:
         problems += _odd_control(values)
+    if quantized["arms"]:
+        problems += _odd_quantization(values, quantized_stage, budgets)
+    recipes = {} if cfg is None else attempt(lambda: _recipes(quantized, cfg))
     if problems:
         raise InvalidConfig(problems)
     return Plan(
@@ -149,6 +169,8 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
         feasible=feasible[1],
         parent_stage=parent_stage,
         stages=tuple(stages),
+        quantized_stage=quantized_stage,
+        recipes=recipes,
         task=task,
     )
 
@@ -292,6 +314,50 @@ def _odd_control(values) -> Iterator[str]:
     for name, n in least.items():
         if group[name] < n:
             yield f"control.{name}: expected at least {n}, got {group[name]}"
+
+
+def _recipes(group: dict[str, Any], cfg: ej.ModelConfig) -> dict[str, ej.Recipe]:
+    """What each known arm rounds.
+
+    Raises:
+      ValueError: rules that no recipe has, or that do not fit the parent.
+    """
+    recipes, specs = {}, ej.param_specs(cfg)
+    for arm in group["arms"]:
+        if arm not in ARMS:
+            continue
+        format, _ = ARMS[arm]
+        if odd := [rule for rule in group["rules"] if len(rule) != 2]:
+            raise ValueError(f"quantization.rules: expected (pattern, format): {odd}")
+        rules = ((p, format if f == "arm" else f) for p, f in group["rules"])
+        recipes[arm] = ej.Recipe(format, tuple(rules), group["block_scale"])
+        formats(specs, cfg, recipes[arm])
+    return recipes
+
+
+def _odd_quantization(values, stage, budgets) -> Iterator[str]:
+    """What keeps a nested checkpoint from being quantized and measured."""
+    group = values["quantization"]
+    arms = group["arms"]
+    words = {"scales": SCALES, "teacher": TEACHERS}
+    for name, known in words.items():
+        if group[name] not in known:
+            yield f"quantization.{name}: expected one of {known}, got {group[name]!r}"
+    if odd := [arm for arm in arms if arm not in ARMS]:
+        yield f"quantization.arms: expected some of {tuple(ARMS)}, got {odd}"
+    if len({*arms}) < len(arms):
+        yield f"quantization.arms: each once, got {arms}"
+    if (source := values["data"]["source"]) != "reasoning":
+        yield f"quantization.arms: need data.source='reasoning', got {source!r}"
+    if group["seeds"] < 1:
+        yield f"quantization.seeds: expected at least 1, got {group['seeds']}"
+    if stage is not None and (stage.router != "frozen" or stage.mixed_prefixes):
+        yield "quantization.stage: needs router='frozen' and mixed_prefixes=0"
+    elif stage is not None and budgets is not None:
+        try:
+            stage.budget_weights(len(budgets))
+        except ValueError as error:
+            yield f"quantization.{error}"
 
 
 def _load(path: str | None, problems: list[str]) -> ConfigDict | None:

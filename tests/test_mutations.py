@@ -47,9 +47,9 @@ import safetensors
 
 import elastic_jax as ej
 from elastic_jax import axes, manifest, nesting
-from elastic_jax.huggingface.names import Layout, Table
+from elastic_jax.huggingface.names import Layout, Table, weights
+from elastic_jax.huggingface.quantized import as_lazy, formats_of
 from elastic_jax.huggingface.shards import DTYPES, INDEX, SINGLE
-from elastic_jax.lazy import lazy
 from elastic_kernels import QuantArray
 
 SECONDS = float(os.environ.get("MUTATION_SECONDS", 60))
@@ -398,9 +398,11 @@ def try_mutations(
     return kinds
 
 
-def test_a_mutated_hugging_face_folder(tmp_path):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_mutated_hugging_face_folder(tmp_path, quantized):
     home, outside = tmp_path / "huggingface", tmp_path / "secret"
-    ej.to_hf(home, random_params(), CFG, shard_bytes=12_000)
+    params = quantized_params() if quantized else random_params()
+    ej.to_hf(home, params, CFG, shard_bytes=7_000 if quantized else 12_000)
     (home / "tokenizer.json").write_text("{}")
     assert len([*home.glob("*.safetensors")]) >= 3
     shutil.copytree(home, outside)
@@ -410,7 +412,7 @@ def test_a_mutated_hugging_face_folder(tmp_path):
         if draw.random() < 0.15:
             return change_files(draw, files, outside)
         likely = [n for n in files if n.endswith(".safetensors")] + [INDEX] * 2
-        likely += ["config.json"] * 3
+        likely += ["config.json"] * 3 + ["hf_quant_config.json"] * quantized
         name = draw.choice([n for n in likely if n in files] or [*files])
         content = files[name]
         if not isinstance(content, bytes):
@@ -429,13 +431,14 @@ def test_a_mutated_hugging_face_folder(tmp_path):
 
     def judge(result, _) -> str:
         params, cfg = result
-        params = axes.map_specs(lambda _, __, leaf: lazy(leaf), specs, params)
+        params = axes.map_specs(lambda p, _, leaf: as_lazy(p, leaf), specs, params)
         found = contents(home)
         assert_is(cfg, json.loads((home / "config.json").read_bytes()))
         names = {name for name in found if not name.startswith("mtp.")}
         memory = any(name.startswith("model.") for name in names)
-        prefix = "model." if memory else "backbone."
-        tensors = Table(cfg, Layout(prefix, stacked=False)).tensors(params, None)
+        layout = Layout("model." if memory else "backbone.", stacked=False)
+        stored = formats_of(weights(cfg, layout), params)
+        tensors = Table(cfg, layout, stored).tensors(params, None)
         assert tensors.keys() == names
         for name, tensor in tensors.items():
             value = np.asarray(tensor, np.float64)
@@ -448,8 +451,9 @@ def test_a_mutated_hugging_face_folder(tmp_path):
             return "another configuration"
         return "unchanged" if same else "other weights"
 
-    kinds = try_mutations(home, mutate, lambda: ej.from_hf(home), judge)
-    if SECONDS >= 5:
+    seconds = SECONDS / 2 if quantized else SECONDS
+    kinds = try_mutations(home, mutate, lambda: ej.from_hf(home), judge, seconds)
+    if SECONDS >= 10:
         assert set(kinds) >= {"refused", "unchanged", "other weights"}
 
 

@@ -401,9 +401,10 @@ def test_fake_weights_compute_what_quantized_ones_will():
 
         return jax.value_and_grad(f, has_aux=True)(params)
 
-    as_if = jax.tree_util.Partial(lambda p: fake(p, specs, cfg, recipe))
+    packed = ej.quantize(params, specs, cfg, recipe)
+    as_if = jax.tree_util.Partial(lambda q, p: fake(p, q, specs), packed)
     (_, got), gradient = trained(params, as_if)
-    rounded = ej.dequantize(ej.quantize(params, specs, cfg, recipe))
+    rounded = ej.dequantize(packed)
     (_, want), expected = trained(rounded, jax.tree_util.Partial(lambda p: p))
     np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.max(jnp.abs(want))))
     largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(expected))
@@ -411,14 +412,15 @@ def test_fake_weights_compute_what_quantized_ones_will():
         np.testing.assert_allclose(a, b, atol=1e-4 * largest)
 
 
-def test_scales_of_fake_weights_are_searched_anew_or_frozen():
+def test_scales_are_searched_anew_or_inherited():
     cfg = ej.presets.tiny("-")
     specs, recipe = ej.param_specs(cfg), Recipe("fp8")
     params = parent(cfg)
     like = ej.quantize(params, specs, cfg, recipe)
     halved = jax.tree.map(lambda w: w / 2, params)
-    anew = fake(halved, specs, cfg, recipe)["layers"][0]["up"]
-    frozen = fake(halved, specs, cfg, recipe, like=like)["layers"][0]["up"]
+    again = ej.quantize(halved, specs, cfg, recipe)
+    under = ej.quantize(halved, specs, cfg, recipe, like=like)
+    anew, frozen = (fake(halved, q, specs)["layers"][0]["up"] for q in (again, under))
     assert isinstance(anew, FakeQuant)
     before = like["layers"][0]["up"].scale
     assert float(frozen.quantized.scale) == float(before)

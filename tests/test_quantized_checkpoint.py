@@ -263,6 +263,22 @@ def test_parts_are_placed_as_the_weight_is(saved, cfg, params):
                 nested.restore("small")[0])  # fmt: skip
 
 
+def test_placed_parts_compute_what_one_device_does(tmp_path):
+    cfg = ej.presets.tiny("ME*-")
+    params = random_quantized(cfg, ej.Recipe("nvfp4"), "float32")
+    save_nested(tmp_path / "c", params, cfg, budgets={})
+    mesh = jax.make_mesh(
+        (2, 2), ("tensor", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    shardings = ej.param_shardings(cfg, ej.param_specs(cfg), mesh)
+    placed, _ = open_nested(tmp_path / "c").restore(shardings=shardings)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, 9)).astype(np.int32)
+    apply = jax.jit(ej.apply, static_argnums=2)
+    alone = np.asarray(apply(params, tokens, cfg))
+    bound = 1e-4 * np.abs(alone).max()
+    np.testing.assert_allclose(apply(placed, tokens, cfg), alone, rtol=0, atol=bound)
+
+
 def test_a_mesh_that_would_cut_a_block_is_refused(params):
     cfg = dataclasses.replace(ej.presets.tiny("-"), ffn=48)
     specs = ej.param_specs(cfg)

@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic_jax.axes import BLOCK_KINDS
 from elastic_jax.config import LONGEST_PATTERN, ModelConfig
+from elastic_jax.huggingface.quantization_config import Declared, declared
 from elastic_jax.huggingface.shards import refuse, short
 
 # Names of blocks in `layers_block_type`, of transformers 5 and before.
@@ -96,11 +97,15 @@ class Described:
       cfg: the model.
       carried: fields of no effect here that the way back should keep.
       notes: lines for the user about what is not taken over.
+      dtype: that weights are used in, `bfloat16` where that is not said.
+      quantization: of its weights, if it says anything about that.
     """
 
     cfg: ModelConfig
     carried: Mapping[str, Any]
     notes: tuple[str, ...]
+    dtype: str = "bfloat16"
+    quantization: Declared | None = None
 
 
 def from_json(values: Any) -> Described:
@@ -139,6 +144,12 @@ def from_json(values: Any) -> Described:
     found["norm_eps"] = _epsilon(values, problems)
     factor = values.get("routed_scaling_factor", 1.0)
     found["routed_scaling_factor"] = _number("routed_scaling_factor", factor, problems)
+    quantization = None
+    if "quantization_config" in values and values["quantization_config"] is not None:
+        try:
+            quantization = declared(values["quantization_config"])
+        except ValueError as error:
+            problems.append(f"quantization_config: {error}")
     cfg = None
     try:
         cfg = ModelConfig(**found)
@@ -150,7 +161,8 @@ def from_json(values: Any) -> Described:
         for name in CARRIED
         if name in values and _may_be_carried(name, values[name])
     }
-    return Described(cfg, carried, tuple(_notes(values)))
+    notes = (*_notes(values), *(quantization.notes if quantization else ()))
+    return Described(cfg, carried, notes, _dtype(values), quantization)
 
 
 def to_json(cfg: ModelConfig, dtype: str, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,9 +264,8 @@ def _other_models(values: Mapping[str, Any]):
         value = values.get(name)
         if value is not None and (type(value), value) != (type(expected), expected):
             yield f"{name}: only {expected!r} is known, got {short(value)}"
-    for name in ("quantization_config", "compression_config"):
-        if values.get(name) is not None:
-            yield f"{name}: quantized weights; start from the BF16 checkpoint"
+    if values.get("compression_config") is not None:
+        yield "compression_config: quantized weights; start from the BF16 checkpoint"
     if values.get("n_shared_experts", 1) not in (1, None):
         # One width holds them all: `moe_shared_expert_intermediate_size`.
         if (
@@ -287,6 +298,13 @@ def _notes(values: Mapping[str, Any]):
     limit = values.get("time_step_limit")
     if isinstance(limit, list) and limit and limit[0] not in (0, 0.0):
         yield f"time_step_limit {short(limit)} is not applied: dt is not clamped here"
+
+
+def _dtype(values: Mapping[str, Any]) -> str:
+    for name in ("torch_dtype", "dtype"):
+        if values.get(name) in ("bfloat16", "float16", "float32"):
+            return values[name]
+    return "bfloat16"
 
 
 def _epsilon(values: Mapping[str, Any], problems: list[str]) -> float:

@@ -3,9 +3,13 @@
 The released layout is read (`backbone.`, one tensor per expert), and the one that
 transformers 5 has in memory (`model.`, experts stacked). Nothing is filled in: a tensor
 that is missing, unexpected or of another shape is an error, and all are named together.
+Weights in FP8 and NVFP4 stay as they are, in the layouts of ModelOpt and of
+compressed-tensors.
 """
 
+import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +23,20 @@ import numpy as np
 from elastic_jax import axes
 from elastic_jax.config import ModelConfig
 from elastic_jax.huggingface.config import Described, from_json
-from elastic_jax.huggingface.names import ROUTER_BIAS, Layout, Table
-from elastic_jax.huggingface.shards import inside, read_json, read_shards, refuse
+from elastic_jax.huggingface.names import ROUTER_BIAS, Layout, Table, weights
+from elastic_jax.huggingface.quantization_config import MODELOPT, declared
+from elastic_jax.huggingface.quantized import contradictions, stored_in
+from elastic_jax.huggingface.shards import (
+    inside,
+    read_json,
+    read_shards,
+    refuse,
+    short,
+)
 from elastic_jax.huggingface.uniform import MASKED_BIAS
 from elastic_jax.lazy import pieces
 from elastic_jax.model import param_specs
+from elastic_jax.parts import SCALES, invalid_scales
 
 # What a tokenizer needs, and how to generate: copied as they are, never looked into.
 COMPANIONS = (
@@ -37,6 +50,8 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+QUANTIZATION = "hf_quant_config.json"
+CACHE_SCALE = re.compile(r"(backbone|model)\.layers\.\d+\.mixer\.[kv]_proj\.[kv]_scale")
 LARGEST_COMPANION_BYTES = 2**27
 
 
@@ -46,7 +61,8 @@ class Checkpoint:
 
     Attributes:
       cfg: the model.
-      params: its parameters as a tree of `LazyArray`, in the stored dtypes.
+      params: its parameters as a tree of `LazyArray`, in the stored dtypes; quantized
+        weights are `QuantArray`s of them.
       carried: fields of config.json that the way back should keep.
       files: name -> path, of the tokenizer and alike.
       notes: lines for the user about what was not taken over.
@@ -66,10 +82,12 @@ def from_hf(
 
     Args:
       directory: config.json and safetensors, one file or shards with their index.
-      allow_nonfinite: take weights that are NaN or infinite, and experts all zero.
+      allow_nonfinite: take weights that are NaN or infinite, experts all zero, and
+        scales of quantized weights that are not positive numbers.
 
     Returns:
-      the parameter tree, in the stored dtypes, and the configuration.
+      the parameter tree, in the stored dtypes, and the configuration; quantized
+      weights are `QuantArray`s.
 
     Raises:
       ValueError: with everything that cannot be taken over; see `open_hf`.
@@ -79,13 +97,14 @@ def from_hf(
         warnings.warn(note, stacklevel=2)
     specs = param_specs(opened.cfg)
 
-    def read(path, _, leaf):
+    def read(path, leaf):
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             where = ".".join(map(str, path))
             raise ValueError(f"{where} is {leaf.dtype}: enable jax_enable_x64")
         return jnp.asarray(leaf.read())
 
-    return axes.map_specs(read, specs, opened.params), opened.cfg
+    whole = lambda path, _, leaf: jax.tree.map(lambda part: read(path, part), leaf)
+    return axes.map_specs(whole, specs, opened.params), opened.cfg
 
 
 def read_config(directory: str | os.PathLike) -> ModelConfig:
@@ -125,9 +144,9 @@ def open_hf(
     described = _described(directory)
     tensors = read_shards(directory)
     skipped = {name for name in tensors if name.startswith("mtp.")}
-    tensors = {name: t for name, t in tensors.items() if name not in skipped}
-    table = Table(described.cfg, _layout(tensors))
-    refuse(f"{directory} does not fit its config.json", table.misfits(tensors))
+    cached = {name for name in tensors if CACHE_SCALE.fullmatch(name)}
+    tensors = {n: t for n, t in tensors.items() if n not in skipped | cached}
+    table = _table(directory, described, tensors)
     if not allow_nonfinite:
         faults = [*_faults(tensors, table, on_bytes)]
         ask = "; to take them all the same, allow non-finite weights"
@@ -135,23 +154,55 @@ def open_hf(
     notes = list(described.notes)
     if skipped:
         notes.append(f"{len(skipped)} tensors of multi-token prediction are skipped")
+    if cached:
+        notes.append(f"{len(cached)} scales of the KV cache are skipped")
     return Checkpoint(
         cfg=described.cfg,
-        params=table.params(tensors),
+        params=table.params(tensors, described.dtype),
         carried=described.carried,
         files=_companions(directory),
         notes=tuple(notes),
     )
 
 
+def _table(directory: Path, described: Described, tensors) -> Table:
+    """The table that the tensors fit, and what is said of their quantization."""
+    said = described.quantization
+    layout = dataclasses.replace(
+        _layout(tensors), scheme=said.scheme if said else MODELOPT
+    )
+    names = weights(described.cfg, layout)
+    stored = stored_in(names, tensors, layout.scheme)
+    what = f"{directory} does not fit its config.json"
+    try:
+        table = Table(described.cfg, layout, stored if said else {})
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    refuse(what, [*contradictions(stored, said), *table.misfits(tensors)])
+    return table
+
+
 def _described(directory: Path) -> Described:
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory")
-    file = inside(directory, "config.json")
     try:
-        return from_json(read_json(file))
+        described = from_json(read_json(inside(directory, "config.json")))
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from error
+    if described.quantization or not os.path.lexists(directory / QUANTIZATION):
+        return described
+    try:
+        values = read_json(inside(directory, QUANTIZATION))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {short(values)}")
+        quantization = declared(values.get("quantization"))
+    except ValueError as error:
+        raise ValueError(f"{directory / QUANTIZATION}: {error}") from error
+    return dataclasses.replace(
+        described,
+        quantization=quantization,
+        notes=(*described.notes, *quantization.notes),
+    )
 
 
 def _companions(directory: Path) -> dict[str, Path]:
@@ -177,16 +228,19 @@ def _layout(tensors: Mapping[str, Any]) -> Layout:
 
 def _faults(tensors, table: Table, on_bytes) -> Iterator[str]:
     """Tensors with values that are not finite, and experts that are all zero."""
-    off = _masked_experts(tensors, table)
+    off, parts = _masked_experts(tensors, table), table.quantized()
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
-        value = tensor.read()
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            if bad := _nonfinite(value):
+        value, part = tensor.read(), parts.get(name)
+        if part in SCALES:
+            if bad := invalid_scales(value):
+                yield f"{name}: {bad} of {value.size} scales are no positive numbers"
+        elif part or jnp.issubdtype(value.dtype, jnp.floating):
+            if bad := 0 if value.dtype == np.uint8 else _nonfinite(value):
                 yield f"{name}: {bad} of {value.size} values are not finite"
             elif "experts." in name and "shared" not in name:
                 each = value if value.ndim == 3 else value[None]
-                zero = [i for i, e in enumerate(each) if not e.any()]
+                zero = [i for i, e in enumerate(each) if _is_zero(e)]
                 dead = [i for i in zero if (name, i) not in off]
                 if dead and value.ndim == 3:
                     yield f"{name}: experts {dead} are zero throughout"
@@ -194,6 +248,11 @@ def _faults(tensors, table: Table, on_bytes) -> Iterator[str]:
                     yield f"{name}: zero throughout"
         done += tensor.nbytes
         on_bytes(done, total)
+
+
+def _is_zero(value: np.ndarray) -> bool:
+    """Whether all is zero; of packed values both signs of it."""
+    return not (value & 0x77 if value.dtype == np.uint8 else value).any()
 
 
 def _masked_experts(tensors, table: Table) -> set[tuple[str, int]]:
@@ -205,7 +264,8 @@ def _masked_experts(tensors, table: Table) -> set[tuple[str, int]]:
             block = entry.name.removesuffix("gate.e_score_correction_bias")
             for expert in np.flatnonzero(bias <= MASKED_BIAS / 10).tolist():
                 for kind in ("up_proj", "down_proj"):
-                    off.add((f"{block}experts.{expert}.{kind}.weight", 0))
+                    module = f"{block}experts.{expert}.{kind}"
+                    off |= {(f"{module}.weight", 0), (f"{module}.weight_packed", 0)}
                     off.add((f"{block}experts.{kind}", expert))
     return off
 

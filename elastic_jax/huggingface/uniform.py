@@ -7,6 +7,7 @@ inside a Mamba block counts its channels, so there zeros would change the result
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from elastic_jax.axes import AXES
 from elastic_jax.config import ModelConfig
 from elastic_jax.lazy import LazyArray, lazy
 from elastic_jax.model import param_specs
+from elastic_jax.parts import SCALES, Part, parts
+from elastic_kernels import QuantArray
 
 EXACT = ("expert_ffn", "experts", "shared_ffn", "ffn", "q_per_kv")
 MASKED_BIAS = -1e9  # on a sigmoid plus this, no expert is ever among the top
@@ -27,7 +30,8 @@ def uniform(
     """A model whose blocks of one kind have one width, equal to the given one.
 
     Args:
-      params: a tree of arrays or of `LazyArray`; padded as it is read.
+      params: a tree of arrays or of `LazyArray`; padded as it is read. Zeros of
+        quantized weights have scales of 1.
       pad: fill narrower blocks with zeros; off, widths that differ are refused.
 
     Returns:
@@ -68,10 +72,25 @@ def uniform(
         shape = axes.shape(wide, wide_specs, path, spec)
         if tuple(leaf.shape) == shape:
             return leaf
+        if isinstance(leaf, QuantArray):
+            return _packed(leaf, parts(spec, shape, leaf.format))
         fill = MASKED_BIAS if path[-1] == "router_bias" else 0
         return _filled(lazy(leaf), shape, fill)
 
     return axes.map_specs(padded, specs, params), wide
+
+
+def _packed(leaf: QuantArray, wanted: Mapping[str, Part]) -> QuantArray:
+    """A quantized weight, its parts filled up to the wanted shapes."""
+    held = {name: getattr(leaf, name) for name in wanted}
+    return dataclasses.replace(
+        leaf,
+        **{
+            name: _filled(lazy(part), wanted[name].shape, 1 if name in SCALES else 0)
+            for name, part in held.items()
+            if part is not None
+        },
+    )
 
 
 def _filled(leaf: LazyArray, shape: tuple[int, ...], fill: float) -> LazyArray:

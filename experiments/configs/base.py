@@ -142,6 +142,28 @@ def get_config():
         grace=3,
         max_answer=6,
     )
+    # The nested checkpoint, quantized: by rounding alone ("ptq"), after distillation
+    # from itself ("qad"), or after training on the data ("qat"). No arms, no
+    # quantization. `rules` are (pattern, format) on top of the Nano v3 recipe, see
+    # `elastic_jax.quantize`; the format "arm" is that of the arm. Without `activations`
+    # weights alone are rounded. Every seed but the first trains all stages anew.
+    config.quantization = config_dict.create(
+        arms=(),  # of "fp8_ptq", "nvfp4_ptq", "nvfp4_qad", "nvfp4_qat", ...
+        rules=(),
+        block_scale="max",
+        activations=True,
+        scales="recomputed",
+        teacher="same_budget",
+        seeds=1,
+        stage=stage(
+            steps=100,
+            router="frozen",
+            context=128,
+            max_steps=8,
+            learning_rate=3e-4,
+            warmup_steps=10,
+        ),
+    )
     config.controls = "one"
     config.when_smoke = config_dict.ConfigDict()
     return config

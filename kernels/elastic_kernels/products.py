@@ -5,6 +5,8 @@ two forms here. Layers never ask which. A quantized weight that knows the scale 
 inputs has them rounded as well, as hardware does that multiplies in FP8 or NVFP4.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,8 +95,8 @@ def contract(
     Args:
       equation: of two terms; no letter of `w` is a stack.
       implementation: of a product whose factors are both rounded. "xla" multiplies what
-        they stand for; "scaled" multiplies FP8 numbers and applies the scales behind,
-        which units for FP8 do several times faster. None is the device's default.
+        they stand for; "scaled" the FP8 or E2M1 numbers themselves, scales behind,
+        which units for them do several times faster. None is the device's default.
     """
     if isinstance(w, Observed):
         w.see(x)
@@ -102,8 +104,8 @@ def contract(
     if _input_scale(w) is None:
         return jnp.einsum(equation, x, w.astype(x.dtype))
     available = {"xla": _rounded_product, "scaled": _scaled_product}
-    if isinstance(w, FakeQuant) or w.format != "fp8":
-        del available["scaled"]  # no gradient; and no portable product of E2M1
+    if isinstance(w, FakeQuant):
+        del available["scaled"]  # its numbers have no gradient for the weight
     return select("contract", implementation, available)(equation, x, w)
 
 
@@ -133,13 +135,58 @@ def _rounded_product(equation: str, x: jax.Array, w: QuantArray | FakeQuant):
     return jnp.einsum(equation, rounded, w.astype(x.dtype))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled_product(equation: str, x: jax.Array, w: QuantArray):
-    """FP8 times FP8, accumulated in float32, then both scales."""
+    """The product of the numbers themselves, summed in float32, then the scales."""
     scale = w.input_scale
-    wide = quant_array.divided(x.astype(jnp.float32), scale)
-    numbers = quant_array.to_e4m3(wide), w.values
-    y = jnp.einsum(equation, *numbers, preferred_element_type=jnp.float32)
-    return (y * (scale * w.scale)).astype(x.dtype)
+    if w.format == "fp8":
+        wide = quant_array.divided(x.astype(jnp.float32), scale)
+        numbers = quant_array.to_e4m3(wide), w.values
+        y = jnp.einsum(equation, *numbers, preferred_element_type=jnp.float32)
+        return (y * (scale * w.scale)).astype(x.dtype)
+    ahead, behind = _free_dims(equation, x, w)
+    rows = x.reshape(math.prod(ahead), -1)
+    left = quant_array.quantize(rows, w.format, axis=-1, scale=scale)
+    flat = lambda stored: stored.reshape(-1, math.prod(behind))
+    y = jax.lax.scaled_dot(
+        quant_array.e2m1_numbers(left.values, -1)[None],
+        quant_array.e2m1_numbers(flat(w.values), -2)[None],
+        lhs_scale=left.block_scale[None],
+        rhs_scale=flat(w.block_scale)[None],
+        preferred_element_type=jnp.float32,
+    )
+    return (y * (scale * w.scale)).reshape(*ahead, *behind).astype(x.dtype)
+
+
+def _scaled_forward(equation, x, w):
+    return _scaled_product(equation, x, w), (x, w)
+
+
+def _scaled_backward(equation, saved, dy):
+    x, w = saved
+    _, pull = jax.vjp(lambda x: _rounded_product(equation, x, w), x)
+    return (*pull(dy), None)
+
+
+_scaled_product.defvjp(_scaled_forward, _scaled_backward)
+
+
+def _free_dims(equation: str, x: jax.Array, w: QuantArray) -> tuple[tuple, tuple]:
+    """What is not contracted: the leading dims of `x`, the last ones of `w`."""
+    terms, result = equation.split("->")
+    x_dims, w_dims = terms.split(",")
+    summed = [dim for dim in w_dims if dim not in result]
+    ahead, behind = x_dims[: -len(summed)], w_dims[len(summed) :]
+    if (x_dims, w_dims, result) != (
+        ahead + "".join(summed),
+        "".join(summed) + behind,
+        ahead + behind,
+    ):
+        raise NotImplementedError(
+            f"contract: {equation!r} is no product of matrices as it stands; expected "
+            "the contracted dimensions last in the activations and first in the weight"
+        )
+    return x.shape[: x.ndim - len(summed)], w.shape[len(summed) :]
 
 
 def _met_axis(equation: str, w: QuantArray | FakeQuant) -> int:

@@ -294,6 +294,13 @@ def e2m1_values(codes: jax.Array) -> jax.Array:
     return jnp.where(codes >> 3 == 1, -size, size)
 
 
+def e2m1_numbers(values: jax.Array, axis: int) -> jax.Array:
+    """Packed bytes as float4_e2m1fn, twice as many along `axis`."""
+    last = jnp.moveaxis(values, axis, -1)
+    pairs = jax.lax.bitcast_convert_type(last, jnp.float4_e2m1fn)  # low nibble first
+    return jnp.moveaxis(pairs.reshape(*last.shape[:-1], -1), -1, axis)
+
+
 @jax.jit
 def _fp8(array, scale):
     if scale.ndim:  # temporaries of one member, not of the stack

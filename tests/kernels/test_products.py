@@ -88,15 +88,39 @@ def test_fake_weights_learn_from_rounded_inputs(format):
     np.testing.assert_allclose(dx, jnp.ones((5, 6)) @ dequantize(q).T, rtol=1e-5)
 
 
-def test_scaled_products_of_fp8_are_the_rounded_ones():
-    x, w = drawn(5, 32), drawn(32, 6, seed=1)
-    q = packed(w, "fp8", inputs=0.5 * x)  # some inputs saturate
-    run = lambda x, kind: contract("bd,df->bf", x, q, implementation=kind)
-    np.testing.assert_allclose(run(x, "scaled"), run(x, "xla"), rtol=1e-5, atol=1e-5)
-    half = x.astype(jnp.bfloat16)
-    assert run(half, "scaled").dtype == jnp.bfloat16
+EQUATIONS = {  # of the layers, with the shapes of one small case
+    "btd,dgrp->btgrp": ((2, 3, 32), (32, 2, 3, 16), -4),
+    "btgrp,grpd->btd": ((2, 3, 2, 3, 16), (2, 3, 16, 24), -2),
+    "...d,dv->...v": ((2, 3, 32), (32, 24), -2),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_scaled_products_are_the_rounded_ones(format, equation):
+    """Values, and gradients of the activations; some of them saturate."""
+    x_shape, w_shape, axis = EQUATIONS[equation]
+    x, w = drawn(*x_shape), drawn(*w_shape, seed=1)
+    q = packed(w, format, axis=axis, inputs=0.5 * x)
+
+    def run(kind):
+        return jax.vjp(lambda x: contract(equation, x, q, implementation=kind), x)
+
+    (got, pull), (want, pull_too) = run("scaled"), run("xla")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    for a, b in zip(pull(want), pull_too(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+    half = contract(equation, x.astype(jnp.bfloat16), q, implementation="scaled")
+    assert half.dtype == jnp.bfloat16
+
+
+def test_scaled_products_that_cannot_be():
+    x, w = drawn(5, 32), drawn(32, 16, seed=1)
+    q = packed(w, "nvfp4", inputs=x)
+    with pytest.raises(NotImplementedError, match="'bd,df->fb' is no product of matr"):
+        contract("bd,df->fb", x, q, implementation="scaled")
     with pytest.raises(ValueError, match="'scaled' does not exist; choose one of"):
-        contract("bd,df->bf", x, packed(w, "nvfp4", inputs=x), implementation="scaled")
+        contract("bd,df->bf", x, FakeQuant(w, q), implementation="scaled")
 
 
 def test_an_observed_weight_tells_what_it_meets():
