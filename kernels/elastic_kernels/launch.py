@@ -83,10 +83,10 @@ def batch_parallel(function: Callable) -> Callable:
         def joined(a, batched):
             if not batched:
                 a = jnp.broadcast_to(a, (axis_size, *a.shape))
-            return a.reshape(-1, *a.shape[2:])
+            return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
         results = mapped(*jax.tree.map(joined, args, tuple(in_batched)))
-        apart = lambda a: a.reshape(axis_size, -1, *a.shape[1:])
+        apart = lambda a: a.reshape(axis_size, len(a) // axis_size, *a.shape[1:])
         return jax.tree.map(apart, results), jax.tree.map(lambda _: True, results)
 
     return mapped
