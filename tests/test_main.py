@@ -208,8 +208,9 @@ def test_quantize_writes_a_packed_checkpoint_and_says_what_it_did(
     layers = nested.restore("full")[0]["layers"]
     assert layers[1]["up"].format == "fp8" and layers[1]["down"].format == "nvfp4"
     assert layers[2]["q"].format == "nvfp4"
-    size = format_bytes(2 * CFG.embed)
-    assert ["moe/norm", "bf16", str(CFG.embed), size] in printed
+    size = format_bytes(4 * CFG.embed)
+    assert ["moe/norm", "fp32", str(CFG.embed), size] in printed
+    assert ["model/lm_head", "bf16"] in [row[:2] for row in printed]
     errors = {row[0]: row[1:] for row in printed if len(row) == 7}
     assert errors["1: moe/up"][0] == "fp8" and errors["2: attention/q"][0] == "nvfp4"
     assert 5 < float(errors["2: attention/q"][1].rstrip("%")) < 15
