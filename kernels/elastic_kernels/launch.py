@@ -6,6 +6,7 @@ tested without a GPU. Everything here is imported on first use, as neither trito
 jax-triton is part of the base installation.
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,9 +52,7 @@ def launch(
     if interpreted(kernel):
         results = _interpret(inputs, **options, **constants)
     else:
-        import jax_triton
-
-        results = jax_triton.triton_call(
+        results = _jax_triton().triton_call(
             *inputs,
             **options,
             num_warps=num_warps,
@@ -64,6 +63,18 @@ def launch(
         )
     axes = _varying(inputs)
     return [_vary(result, axes) for result in results]
+
+
+def _jax_triton():
+    """jax-triton; importing it turns off the cache of all other use of Triton."""
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if cache is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    return jax_triton
 
 
 def interpreted(kernel: Any) -> bool:

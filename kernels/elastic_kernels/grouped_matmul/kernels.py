@@ -27,8 +27,10 @@ def _dot(a, b, total):
 
 
 @triton.jit
-def _mine(tiles, order, slots, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr):  # fmt: skip
+def _mine(
+    tiles, order, slots, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """What this program computes: a tile, its expert (-1 is none), places and rows,
     which of them exist, and the first of its columns."""
     COLUMNS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -82,9 +84,11 @@ def _weights(
 
 
 @triton.jit
-def _step(total, x_rows, inside, w, blocks, scale, expert, ks, known, columns, exist,
-          WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr, TURNED: tl.constexpr,
-          FORMAT: tl.constexpr):  # fmt: skip
+def _step(
+    total, x_rows, inside, w, blocks, scale, expert, ks, known, columns, exist,
+    WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr, TURNED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
     """Adds to a product what the channels `ks` contribute, where they are `known`."""
     part = tl.load(
         x_rows + ks[None, :], mask=inside[:, None] & known[None, :], other=0.0
@@ -100,10 +104,12 @@ def _step(total, x_rows, inside, w, blocks, scale, expert, ks, known, columns, e
 
 
 @triton.jit
-def _product(x, sources, inside, w, blocks, scale, expert, columns, live_in, live_out,
-             WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr, TURNED: tl.constexpr,
-             FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr):  # fmt: skip
+def _product(
+    x, sources, inside, w, blocks, scale, expert, columns, live_in, live_out,
+    WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr, TURNED: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Rows `sources` of x, as far as they are live, by an expert's matrix; zeros in
     columns that are not live.
 
@@ -138,8 +144,10 @@ def _inside(columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _factors(mask, rows, columns, known, F: tl.constexpr, C: tl.constexpr,
-             MASK: tl.constexpr):  # fmt: skip
+def _factors(
+    mask, rows, columns, known, F: tl.constexpr, C: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
     """The hidden mask of a tile: 1 dimension for all tokens, 2 with one per token."""
     if MASK == 1:
         factors = tl.load(mask + columns, mask=columns < F, other=0.0).to(tl.float32)

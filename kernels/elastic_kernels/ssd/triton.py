@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from elastic_kernels import dispatch
 from elastic_kernels import launch as launching
 from elastic_kernels.launch import alike, batch_parallel
-from elastic_kernels.ssd import kernels, xla
+from elastic_kernels.ssd import gradient_kernels, kernels, xla
 
 LARGEST_STATE = 256
 PROGRAMS = 264  # two for each multiprocessor of the GPUs that this is tuned for
@@ -212,7 +212,7 @@ def _state_gradient(x, dt, A, C, begins, dy, dfinal):
 
     def walk(parts, decays, outputs, **flags):
         return launching.launch(
-            kernels.state_gradient_kernel,
+            gradient_kernels.state_gradient_kernel,
             (
                 dt,
                 A,
@@ -262,7 +262,7 @@ def _chunk_gradients(x, dt, A, B, C, D, begins, entries, exits, dy):
     options = {"HAS_RESETS": begins is not None, **_sizes(x, B)}
     around = _or(begins, x), entries, exits, dy, t
     dx, ddt, dA, dD = launching.launch(
-        kernels.head_gradient_kernel,
+        gradient_kernels.head_gradient_kernel,
         (x, dt, A, B, C, D, *around),
         (like(x), like(dt), of_chunks, of_chunks),
         grid=(chunks, g * r, b),
@@ -271,7 +271,7 @@ def _chunk_gradients(x, dt, A, B, C, D, begins, entries, exits, dy):
     )
     blocks = _blocks(x, B, states=64)
     dB, dC = launching.launch(
-        kernels.direction_gradient_kernel,
+        gradient_kernels.direction_gradient_kernel,
         (x, dt, A, B, C, *around),
         (like(B), like(C)),
         grid=(chunks * math.ceil(B.shape[-1] / blocks["BLOCK_N"]), g, b),
