@@ -99,6 +99,15 @@ def measure(
     workdir.write(FILE, found)
 
 
+def measured_seed(
+    plan: Plan, workdir: pipeline.Workdir, nested: Any, seed: int
+) -> dict[str, Any]:
+    """Trains with one seed, also the first, unless that is done, and sweeps it."""
+    seeded, folder = pipeline.of_seed(plan, seed)
+    pipeline.elastic_training(seeded, workdir, folder, nested, keep_stages=True)
+    return _seed(plan, workdir, folder)
+
+
 def report(workdir: pipeline.Workdir) -> None:
     """Writes the report from the numbers, where there are any."""
     if (found := workdir.read(FILE)) is not None:

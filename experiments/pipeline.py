@@ -10,6 +10,8 @@
       quantized/     quantized nested checkpoints     quantization.json, .md and .png
       qad-0/ qat-0/  training for them                inputs-0.npz   their calibration
 
+`experiments/claims.py` runs the same phases in folders of its own.
+
 A phase that is complete is read back, not run again.
 """
 
@@ -18,7 +20,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import elastic_jax as ej
-from elastic_jax import checkpoint, data, fit, latency, objectives, saves, train
+from elastic_jax import checkpoint, data, fit, fold, latency, objectives, saves, train
 from elastic_jax.axes import AXES, blocks_with
 from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
@@ -45,6 +47,22 @@ console = Console()
 
 class Failed(RuntimeError):
     """A phase ended without what it was asked for."""
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Works, and turns every foreseen failure into a message and an exit code."""
+    try:
+        work()
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False)
+        return 2
+    except fit.StopRequested as stop:
+        console.print(f"{stop}; run the same command to continue")
+        return fit.EXIT_STOPPED
+    except (Failed, fit.NonFinite, OSError) as error:
+        console.print(str(error), style="red", markup=False)
+        return 1
+    return 0
 
 
 @dataclasses.dataclass
@@ -154,7 +172,7 @@ def run_stages(
 
 def identity(plan: Plan, stages) -> dict[str, Any]:
     """What a save belongs to: configuration, data and software."""
-    apart = ("controls", "control", "quantization", "stages")
+    apart = ("controls", "control", "quantization", "stages", "claim")
     values = {k: v for k, v in plan.values.items() if k not in apart}
     staged = {stage.name: dataclasses.asdict(stage) for stage in stages}
     digests = {stage.name: plan.task.data[stage.name].digest() for stage in stages}
@@ -170,9 +188,16 @@ def identity(plan: Plan, stages) -> dict[str, Any]:
 
 
 def parent(
-    plan: Plan, workdir: Workdir, *, allow_changes: bool
+    plan: Plan,
+    workdir: Workdir,
+    *,
+    allow_changes: bool,
+    objective: Callable = objectives.language_objective,
 ) -> tuple[Any, dict[str, Any]]:
     """The parent and what is known about it: imported, or trained where it is not yet.
+
+    Args:
+      objective: (cfg, stage) -> what a toy learns.
 
     Raises:
       Failed: the toy ended below its floor.
@@ -188,7 +213,7 @@ def parent(
         value = plan.task.check(params, plan.cfg)
         console.print(f"{directory}: {_said(plan, value)}")
         return params, known | {"value": value, "imported": directory}
-    params, facts = _toy_parent(plan, workdir, allow_changes)
+    params, facts = _toy_parent(plan, workdir, allow_changes, objective)
     asked = plan.values["parent_training"]
     return params, known | facts | {name: asked[name] for name in ("floor", "target")}
 
@@ -273,7 +298,7 @@ def companions(plan: Plan) -> tuple[dict[str, Any], dict[str, bytes]]:
     return carried, files
 
 
-def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool):
+def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool, objective):
     """Trains a parent from scratch; returns its parameters, value and steps."""
     values, stage = plan.values["parent_training"], plan.parent_stage
     measure = plan.task.measure
@@ -293,7 +318,7 @@ def _toy_parent(plan: Plan, workdir: Workdir, allow_changes: bool):
         workdir,
         "parent",
         (stage,),
-        lambda stage, _: objectives.language_objective(plan.cfg, stage),
+        lambda stage, _: objective(plan.cfg, stage),
         _random_parent(plan),
         weight_decay=values["weight_decay"],
         enough=enough,
@@ -436,6 +461,30 @@ def _middle(cfg: ej.ModelConfig, axis: str) -> int | None:
     return half if half < full else None
 
 
+def elastic_parent(plan: Plan, teacher: Any) -> Elastic:
+    """The parent `teacher` with the plan's budgets, and a router to choose for them."""
+    return Elastic(
+        cfg=plan.cfg,
+        teacher=teacher,
+        router=make_router(plan.cfg, plan.elastic, len(plan.budgets)),
+        budgets=plan.budgets,
+        seed=plan.values["seed"],
+        cache_specs=ej.cache_specs(plan.cfg),
+        hard_probability=plan.values["router"]["hard_probability"],
+    )
+
+
+def first_router(plan: Plan, elastic: Elastic, steps: int) -> Any:
+    """Parameters of the router before any model has been trained with it.
+
+    Args:
+      steps: updates on the budget loss alone.
+    """
+    key = jax.random.key(plan.values["seed"])
+    drawn = elastic.router.init(key, budget_input(0, len(plan.budgets)))
+    return train.fit_router(elastic, drawn, steps=steps) if steps else drawn
+
+
 def elastic_training(
     plan: Plan,
     workdir: Workdir,
@@ -443,31 +492,23 @@ def elastic_training(
     teacher: Any,
     *,
     counts: Mapping[str, ej.Counts] | None = None,
+    begin: Any = None,
     keep_stages: bool = False,
     allow_changes: bool = False,
 ) -> tuple[train.TrainState, dict[str, ej.Counts], Elastic]:
     """Distils all budgets at once; learns their counts unless they are given.
 
     With `keep_stages` the weights at the end of every stage stay in the workdir.
+
+    Args:
+      begin: the weights to start from; None are those of the teacher.
     """
-    seed = plan.values["seed"]
-    router = make_router(plan.cfg, plan.elastic, len(plan.budgets))
-    elastic = Elastic(
-        cfg=plan.cfg,
-        teacher=teacher,
-        router=router,
-        budgets=plan.budgets,
-        seed=seed,
-        cache_specs=ej.cache_specs(plan.cfg),
-        hard_probability=plan.values["router"]["hard_probability"],
-    )
+    elastic = elastic_parent(plan, teacher)
     stages = plan.stages
-    learned = router.init(jax.random.key(seed), budget_input(0, len(plan.budgets)))
-    first = plan.values["router"]["fit_first"]
     if counts is not None:
         stages = tuple(dataclasses.replace(s, router="frozen") for s in stages)
-    elif first:
-        learned = train.fit_router(elastic, learned, steps=first)
+    first = 0 if counts is not None else plan.values["router"]["fit_first"]
+    learned = first_router(plan, elastic, first)
     given = {} if counts is None else {n: dict(c) for n, c in counts.items()}
 
     def settled(facts) -> dict[str, ej.Counts]:
@@ -507,11 +548,12 @@ def elastic_training(
         name,
         stages,
         objective,
-        teacher,
+        teacher if begin is None else begin,
         router=learned,
         finish=finish,
         observe=snapshot,
         allow_changes=allow_changes,
+        about={} if begin is None else {"begin": fold.params_digest(begin)},
     )
     return state, settled(facts), elastic
 

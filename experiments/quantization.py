@@ -53,7 +53,7 @@ def measure(
         missing = [arm for arm in (REFERENCE, *asked["arms"]) if arm not in done]
         if not missing:
             continue
-        run = _Seed(plan, workdir, nested, seed, allow_changes)
+        run = Seed(plan, workdir, nested, seed, allow_changes)
         for arm in missing:
             with workdir.phase("quantization", f"quantization: seed {seed}, {arm}"):
                 rows += run.rows(arm)
@@ -85,7 +85,7 @@ def report(workdir: pipeline.Workdir) -> None:
         pipeline.console.print(f"quantization: {path}")
 
 
-class _Seed:
+class Seed:
     """One elastic training, and what its arms start from."""
 
     def __init__(self, plan, workdir, nested, seed: int, allow_changes: bool):

@@ -231,20 +231,13 @@ def _shown(arguments) -> str:
 
 
 def command_line() -> int:
-    """Runs, and turns every foreseen failure into a message and an exit code."""
-    try:
+    """Checks all flags together, and runs."""
+
+    def checked() -> None:
         settings.check_command_line(sys.argv[1:])
         app.run(main)
-    except ValueError as error:
-        pipeline.console.print(str(error), style="red", markup=False)
-        return 2
-    except fit.StopRequested as stop:
-        pipeline.console.print(f"{stop}; run the same command to continue")
-        return fit.EXIT_STOPPED
-    except (pipeline.Failed, fit.NonFinite, OSError) as error:
-        pipeline.console.print(str(error), style="red", markup=False)
-        return 1
-    return 0
+
+    return pipeline.exit_code(checked)
 
 
 if __name__ == "__main__":

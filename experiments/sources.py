@@ -35,7 +35,8 @@ class Task:
       vocab: every token is below it.
       data: rows for every stage by its name, and for "parent", "calibration" and
         "evaluation".
-      evaluate: (params, cfg) -> `value`, and `parts`, name -> the value of a part.
+      evaluate: (params, cfg) -> `value`, and `parts`, name -> the value of a part;
+        where answers are right or wrong, `right` has a 0 or 1 for each.
       check: (params, cfg) -> the value alone: of a parent, also while it trains.
       evaluation: how `evaluate` measures, for the report.
       files: path -> size and digest of every file that was read.
@@ -97,7 +98,8 @@ def reasoning(values: Mapping[str, Any], stages: Groups) -> Task:
         for problem, correct in zip(problems, right, strict=True):
             by_steps.setdefault(f"{problem.steps} steps", []).append(correct)
         parts = {name: float(np.mean(each)) for name, each in by_steps.items()}
-        return {"value": float(np.mean(right)), "parts": parts}
+        marks = "".join("01"[correct] for correct in right)
+        return {"value": float(np.mean(right)), "parts": parts, "right": marks}
 
     limits = {name: evaluation[name] for name in ("min_steps", "max_steps")}
     return Task(

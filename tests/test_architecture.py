@@ -49,13 +49,13 @@ FLOORS = (
         "tables",
         "measures",
         "findings",
-        *("fronts", "control_findings"),
+        *("fronts", "control_findings", "verdicts", "claims"),
     ),
     (
         *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),
         *("speculative", "decoding", "generate", "budget_control"),
         *("convert", "post_training", "request", "serving", "latency"),
-        *("report", "control_report", "quantization_report"),
+        *("report", "control_report", "quantization_report", "claims_report"),
     ),
     ("console", "__main__"),
 )
@@ -73,7 +73,9 @@ DOORS = {
     "tokenizers": {"tokenizer"},
     "pyarrow": {"corpus"},
     "tensorboardX": {"metrics"},
-    "matplotlib": {"report", "control_report", "quantization_report"},
+    "matplotlib": {
+        *("report", "control_report", "quantization_report", "claims_report"),
+    },
     "rich": {"console"},
     "torch": set(),
     "triton": set(),

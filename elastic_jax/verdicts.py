@@ -1,0 +1,203 @@
+"""From rows of results to verdicts: estimates, their chance, and what was asked.
+
+A row is one arm under one seed. What it answered is a 0 or 1 per problem, the same
+problems for all, so differences and ratios are taken problem by problem, and chance is
+looked at as in `fronts`: between seeds and between problems, the larger one counts.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_jax import fronts
+from elastic_jax.tables import NONE
+
+Row = Mapping[str, Any]
+Right = Mapping[int, Sequence[float]]  # seed -> one number per problem
+
+SHOWN, REFUTED, OPEN, ASIDE = "shown", "refuted", "not decided", "measured only"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its chance.
+
+    Attributes:
+      half: half of the 95% interval; None where chance is not known, 0 where there is
+        none.
+    """
+
+    value: float
+    half: float | None
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.value, self.half)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement about a claim, and what was asked of it.
+
+    Attributes:
+      what: is measured.
+      found: None where rows for it are missing.
+      asked: the threshold, or None: reported only.
+      least: whether `asked` is the least or the most that is accepted.
+      unit: "points", "percent", "ratio", "count" or "nats".
+    """
+
+    what: str
+    found: Estimate | None
+    asked: float | None = None
+    least: bool = True
+    unit: str = "points"
+
+    @property
+    def verdict(self) -> str:
+        """Shown or refuted only where the whole interval says so."""
+        if self.found is None or self.asked is None:
+            return OPEN if self.found is None else ASIDE
+        if self.found.half is None:
+            return OPEN
+        sign = 1 if self.least else -1
+        margin = sign * (self.found.value - self.asked)
+        if margin >= self.found.half:
+            return SHOWN
+        return REFUTED if margin < -self.found.half else OPEN
+
+    @property
+    def said(self) -> str:
+        """The estimate in words."""
+        if self.found is None:
+            return "no rows"
+        return written(self.found, self.unit)
+
+    @property
+    def wanted(self) -> str:
+        if self.asked is None:
+            return NONE
+        word = "at least" if self.least else "at most"
+        return f"{word} {FORMS[self.unit](self.asked)}"
+
+
+FORMS: dict[str, Callable[[float], str]] = {
+    "points": lambda x: f"{100 * x:+.1f} points",
+    "percent": lambda x: f"{x:.1%}",
+    "ratio": lambda x: f"{x:.3f}",
+    "count": lambda x: f"{x:,.0f}",
+    "nats": lambda x: f"{x:.4f}",
+    "GiB": lambda x: f"{x:.2f} GiB",
+}
+
+
+def written(found: Estimate, unit: str) -> str:
+    """An estimate with half of its interval."""
+    text = FORMS[unit](found.value)
+    if not found.half:
+        return text
+    half = 100 * found.half if unit in ("points", "percent") else found.half
+    digits = {"points": 1, "percent": 1, "ratio": 3, "nats": 4}.get(unit, 0)
+    return f"{text} ± {half:.{digits}f}"
+
+
+# ------------------------------------------------------------------- rows to numbers
+
+
+def right(
+    rows: Sequence[Row],
+    arm: str,
+    budget: str,
+    steps: Callable[[int], bool] | None = None,
+) -> Right | None:
+    """What an arm answered at a budget, by seed; None where it was not measured.
+
+    Args:
+      steps: of the problems that count; None are all.
+    """
+    found = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        if row["arm"] == arm and budget in row["found"].get("budgets", {}):
+            marks = [float(m) for m in row["found"]["budgets"][budget]["right"]]
+            asked = row["evaluation"]
+            span = asked["max_steps"] - asked["min_steps"] + 1
+            if steps is not None:
+                marks = [
+                    mark
+                    for i, mark in enumerate(marks)
+                    if steps(asked["min_steps"] + i % span)
+                ]
+            found[row["seed"]] = marks
+    return found or None
+
+
+def accuracy(ours: Right | None) -> Estimate | None:
+    """The share of right answers."""
+    return None if ours is None else Estimate(mean(ours), _interval(ours))
+
+
+def mean(values: Right) -> float:
+    """Over problems and seeds."""
+    return fronts.mean(list(values.values()))
+
+
+def at_all(seeds: Right | None, ours: Right | None) -> Right | None:
+    """What was measured once, because it has no seed, as if at all of `seeds`."""
+    if seeds is None or ours is None:
+        return None
+    (only,) = ours.values()
+    return dict.fromkeys(seeds, only)
+
+
+def difference(ours: Right | None, theirs: Right | None) -> Estimate | None:
+    """How much more is right, problem by problem."""
+    apart = combined(lambda a, b: a - b, ours, theirs)
+    return accuracy(apart)
+
+
+def ratio(above: Right | None, below: Right | None) -> Estimate | None:
+    """Mean over mean; chance by what each problem adds to it (the delta method)."""
+    above = combined(lambda a, _: a, above, below)  # at the seeds of both
+    below = combined(lambda _, b: b, above, below)
+    if above is None or not mean(below):
+        return None
+    value = mean(above) / mean(below)
+    half = _interval(combined(lambda a, b: a - value * b, above, below))
+    return Estimate(value, None if half is None else half / abs(mean(below)))
+
+
+def closed(ours: Right | None, low: Right | None, high: Right | None):
+    """The share of the way from `low` to `high` that `ours` has gone."""
+    return ratio(
+        combined(lambda a, b: a - b, ours, low),
+        combined(lambda a, b: a - b, high, low),
+    )
+
+
+def of_seeds(values: Sequence[float]) -> Estimate | None:
+    """The mean of one number per seed."""
+    if not values:
+        return None
+    return Estimate(statistics.fmean(values), fronts.spread(values))
+
+
+def exactly(value: float | None) -> Estimate | None:
+    """A number without chance."""
+    return None if value is None else Estimate(value, 0.0)
+
+
+def combined(join: Callable[..., float], *each: Right | None) -> Right | None:
+    """Joins what every problem has, at the seeds that all of `each` have."""
+    if any(values is None for values in each):
+        return None
+    seeds = [seed for seed in each[0] if all(seed in values for values in each)]
+    joined = {
+        seed: [join(*p) for p in zip(*(values[seed] for values in each), strict=True)]
+        for seed in seeds
+    }
+    return joined or None
+
+
+def _interval(values: Right) -> float | None:
+    """Of one seed only, chance between seeds is not known, and so none is stated."""
+    return fronts.interval(list(values.values())) if len(values) > 1 else None

@@ -1,0 +1,19 @@
+"""Sizes that were never trained, cut from between those that were.
+
+    python experiments/claims.py --claim=between --workdir=DIR
+
+The models are those of the claim `nested`, which are read back where they are there.
+The router is asked for blends of two neighbouring budgets, and each answer is cut.
+"""
+
+from experiments.configs.claims import base
+
+
+def get_config():
+    config = base.get_config(
+        "Budgets never trained",
+        trained_in="nested",
+        sizes=16,
+    )
+    config.when_smoke.claim.sizes = 2
+    return config

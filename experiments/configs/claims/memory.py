@@ -1,0 +1,24 @@
+"""One nested checkpoint against separate ones, in bytes.
+
+    python experiments/claims.py --claim=memory --workdir=DIR
+
+On disk for the toy, whose weights need no training for this; by accounting for
+Nemotron 3 Nano, with the sizes that the README names and the recipe of its quantized
+releases.
+"""
+
+from experiments.configs.claims import base
+
+
+def get_config():
+    config = base.get_config(
+        "One nested checkpoint against separate ones",
+        seeds=1,
+        family={  # sizes that differ from the parent's
+            "30B": {},
+            "23B": {"embed": 2016},
+            "12B": {"embed": 1920, "expert_ffn": 960},
+        },
+    )
+    config.when_smoke.claim.seeds = 1
+    return config

@@ -1,0 +1,14 @@
+"""One nested run against separate runs for every size.
+
+    python experiments/claims.py --claim=nested --workdir=DIR
+
+All runs have the same sizes, which a router finds before any training, the same data
+and the same rate. A separate run distils one size alone: with a third of the steps, so
+that three of them together see the tokens of the nested one, or with all of them.
+"""
+
+from experiments.configs.claims import base
+
+
+def get_config():
+    return base.get_config("One nested run against separate runs")

@@ -1,0 +1,50 @@
+"""A learned router against shapes picked by hand, and a random order.
+
+    python experiments/claims.py --claim=router --workdir=DIR
+
+Every arm has sizes of the same active parameters, to 5%, and as many steps. The router
+chooses while it trains, for 250 steps under soft masks; the others know their sizes
+from the start and train slices. Then all of them train slices for 50 steps.
+"""
+
+from experiments.configs.claims import base
+
+AXES = ("embed", "heads_per_group", "expert_ffn", "shared_ffn")
+PAIRS = {  # arm -> budget -> sizes in the order of AXES, the same in all blocks
+    "narrow": {"mid": (64, 8, 48, 48), "small": (48, 6, 48, 48)},
+    "thin": {"mid": (96, 4, 32, 32), "small": (80, 2, 32, 32)},
+    "even": {"mid": (80, 6, 32, 32), "small": (64, 4, 32, 32)},
+}
+
+
+def get_config():
+    config = base.get_config(
+        "A learned router against fixed shapes",
+        axes=AXES,
+        pairs=PAIRS,
+        deadline=250,
+    )
+    config.elastic.update(
+        {
+            "heads_per_group": (8, 6, 4, 2),
+            "expert_ffn": (64, 48, 32, 16),
+            "shared_ffn": (64, 48, 32, 16),
+        }
+    )
+    config.budgets.targets = (1.0, 0.62, 0.40)
+    config.router.fit_first = 0
+    config.stages.names = ("short", "long")
+    config.stages.short.steps = 250
+    config.stages.long.update(
+        {"steps": 50, "batch": 16, "micro_batch": 8, "context": 96, "sampling": ()}
+    )
+    config.when_smoke.update(
+        {
+            "router": {"fit_first": 300},
+            "stages": {
+                "short": dict(base.SMOKE_STAGE),
+                "long": dict(base.SMOKE_STAGE),
+            },
+        }
+    )
+    return config

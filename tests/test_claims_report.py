@@ -1,0 +1,89 @@
+"""The page of claims: from lines alone, the committed one too."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from elastic_jax import claims_report
+from elastic_jax.claims import CLAIMS
+
+COMMITTED = pathlib.Path(__file__).parents[1] / "experiments" / "claims_run"
+ROW = {
+    "claim": "memory",
+    "arm": "toy",
+    "seed": 0,
+    "seconds": 1.5,
+    "smoke": False,
+    "evaluation": {"problems": 8},
+    "date": "2026-01-02",
+    "commit": "abc",
+    "device": "cpu, 2 cores",
+    "versions": {"jax": "0"},
+    "configuration": "one",
+    "found": {"nested": {"bf16": 2**30}, "separate": {"a": 2**30, "b": 2**30}},
+}
+
+
+def written(folder, *rows, name="memory"):
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return claims_report.write_claims_report(folder).read_text()
+
+
+def test_the_committed_page_is_made_from_the_committed_lines(tmp_path):
+    """No result is written by hand, and no line is left out."""
+    for lines in COMMITTED.glob("*.jsonl"):
+        shutil.copy(lines, tmp_path)
+        assert lines.stem in CLAIMS
+    page = claims_report.write_claims_report(tmp_path).read_text()
+    assert page == (COMMITTED / claims_report.PAGE).read_text()
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert pictures == {p.name for p in COMMITTED.glob("*.png")}
+    assert "smoke" not in page
+
+
+def test_a_page_says_what_was_run_and_what_was_not(tmp_path):
+    page = written(tmp_path, ROW)
+    assert "one nested checkpoint / 2 separate ones, BF16 |    0.500" in page
+    assert "--claim=memory" in page and "commit abc" in page and "1.5 s" in page
+    assert page.count("Not run.") == len(CLAIMS) - 1
+    assert (tmp_path / "memory.png").exists() and "![" in page
+    (tmp_path / "memory.jsonl").unlink()
+    again = claims_report.write_claims_report(tmp_path).read_text()
+    assert again.count("Not run.") == len(CLAIMS)
+    assert not (tmp_path / "memory.png").exists()  # of rows that are gone
+    assert "A smoke run" in written(tmp_path, ROW | {"smoke": True})
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([ROW, "{"], "line 2: no JSON"),
+        ([ROW, "[1]"], "line 2 is no row"),
+        ([{k: v for k, v in ROW.items() if k != "date"}], "line 1 lacks date"),
+        ([ROW, ROW], r"line 2: \('toy', 0\) stands in line 1 too"),
+        ([ROW, ROW | {"seed": 1, "configuration": "two"}], "configurations"),
+        ([ROW | {"claim": "nested"}], "has rows of nested"),
+    ],
+)
+def test_lines_that_are_no_results_are_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, *rows)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder"):
+        claims_report.write_claims_report(tmp_path / "nothing")
+
+
+def test_every_claim_has_its_anchor(tmp_path):
+    page = written(tmp_path, ROW)
+    for claim in CLAIMS.values():
+        assert f"## {claim.title}\n" in page
+    for line in page.splitlines():
+        if "](#" in line:
+            anchor = line.split("](#")[1].split(")")[0]
+            heads = (c.title.lower().replace(" ", "-") for c in CLAIMS.values())
+            assert anchor in set(heads)
