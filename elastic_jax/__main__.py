@@ -1,50 +1,35 @@
-"""The command line: `python -m elastic_jax inspect|import|export|slice|generate ...`.
+"""The command line: `python -m elastic_jax COMMAND ...`.
 
-It parses, calls and prints. Exit codes: 0 done, 2 the input is wrong, 1 anything else,
-such as a full disk.
+It parses and calls; `console` shows. Exit codes: 0 done, 2 the input is wrong, 1
+anything else, such as a full disk.
 """
 
 import argparse
-import collections
-import contextlib
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-
-from rich.console import Console
-from rich.pretty import Pretty
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from typing import Any
 
 import elastic_jax as ej
-from elastic_jax import convert
-from elastic_jax.nesting import full_counts
-from elastic_jax.quantize import size_bytes
+from elastic_jax import console, convert
+from elastic_jax.post_training import CalibrationText, quantize_nested
+from elastic_jax.quantize import Recipe
 from elastic_jax.request import Reply, Request, parse_request
 from elastic_jax.serving import Timing, open_server
-from elastic_jax.tables import format_bytes, format_count, format_share
+from elastic_kernels.quant_array import BLOCK_SCALES, FORMATS
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# What a checkpoint says of itself is text, never markup.
-CONSOLE = {"markup": False, "emoji": False, "highlight": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     given = _parser().parse_args(arguments)
-    console = Console(**CONSOLE)
     # So that a command that is told to stop leaves no half-written directory.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for shown in given.run(given):
-            console.print(shown, soft_wrap=isinstance(shown, str))
+            console.show(shown)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -60,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="print what a checkpoint holds")
     inspect.add_argument("checkpoint", help="directory of a nested checkpoint")
-    inspect.set_defaults(run=lambda given: _inspect(given.checkpoint))
+    inspect.set_defaults(run=_inspect)
 
     reader = commands.add_parser("import", help="Hugging Face -> nested checkpoint")
     reader.add_argument(
@@ -116,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     cutter.add_argument("smaller", help="nested checkpoint to write")
     cutter.set_defaults(run=_slice)
 
+    packer = _add_quantize(commands)
     _add_generate(commands)
     for command, required in ((writer, False), (cutter, True)):
         command.add_argument(
@@ -124,11 +110,79 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME|AXIS=N,...",
             help="a budget's name, or counts such as embed=1920,expert_ffn=960",
         )
-    for command in (reader, writer, cutter):
+    for command in (reader, writer, cutter, packer):
         command.add_argument(
             "--force", action="store_true", help="replace what is there"
         )
     return parser
+
+
+def _add_quantize(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "quantize",
+        help="nested checkpoint -> the same in FP8 or NVFP4",
+        description="Rounds the whole parent once; every budget is a slice of the "
+        "result. With text, activations are calibrated, and rounded in use, too.",
+    )
+    command.add_argument("checkpoint", help="nested checkpoint to read")
+    command.add_argument("packed", help="nested checkpoint to write")
+    command.add_argument("--format", choices=FORMATS, default="nvfp4")
+    command.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="on top of the Nano v3 recipe, the last that matches holds: "
+        "'attention/*=fp8', 'moe/up=keep', '*=nvfp4'; repeatable",
+    )
+    command.add_argument(
+        "--block-scale",
+        choices=BLOCK_SCALES,
+        default="max",
+        help="how scales of NVFP4 blocks are found",
+    )
+    command.add_argument(
+        "--calibrate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text that activations are calibrated on: txt, jsonl or parquet",
+    )
+    sizes = {"rows": 128, "context": 512, "batch": 8}
+    for name, n in sizes.items():
+        command.add_argument(
+            f"--{name}", type=int, default=n, help=f"of the calibration; default: {n}"
+        )
+    command.add_argument(
+        "--state",
+        default="",
+        metavar="FILE",
+        help="keeps the calibration, so that it continues where it was stopped",
+    )
+    command.set_defaults(run=_quantize)
+    return command
+
+
+def _quantize(given) -> Iterator[Any]:
+    """Writes, then says what each choice costs and how far off it is."""
+    rules = tuple(tuple(rule.rpartition("=")[::2]) for rule in given.rule)
+    text = None
+    if given.calibrate:
+        sizes = {name: getattr(given, name) for name in ("rows", "context", "batch")}
+        text = CalibrationText(tuple(given.calibrate), **sizes, state=given.state)
+    with console.bars() as progress:
+        done = quantize_nested(
+            given.checkpoint,
+            given.packed,
+            Recipe(given.format, rules, given.block_scale),
+            calibration=text,
+            overwrite=given.force,
+            progress=progress,
+        )
+    yield from console.quantization(done, ej.open_nested(given.packed).cfg)
+    if text is None:
+        yield "not calibrated: activations stay as they are"
+    yield f"written: {given.packed}"
 
 
 # Options of `generate` that are fields of a request, and what their values are.
@@ -198,7 +252,7 @@ def _generate(given) -> Iterator[str]:
     )
     timings: list[Timing] = []
     single = given.prompt is not None
-    shown = _Typewriter() if single else None
+    shown = console.Typewriter() if single else None
     replies = server.serve(requests, on_timing=timings.append, on_text=shown)
     for reply in (*wrong, *replies):
         if not single:
@@ -207,7 +261,7 @@ def _generate(given) -> Iterator[str]:
             raise ValueError(reply.error)
         else:
             shown.end()
-    Console(stderr=True, **CONSOLE).print(_timing(timings))
+    console.show(console.timing_table(timings), stderr=True)
 
 
 def _requests(given, wanted) -> tuple[list[Request], list[Reply]]:
@@ -238,44 +292,6 @@ def _line(reply: Reply) -> dict:
         thought = {"thought": reply.thought, "thought_tokens": reply.thought_tokens}
         fields |= thought | {"capped": reply.capped}
     return fields
-
-
-class _Typewriter:
-    """Prints what is new of a text; half a letter waits for its other half."""
-
-    def __init__(self):
-        self._printed = ""
-
-    def __call__(self, number: int, text: str) -> None:
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(self._printed) :], end="", flush=True)
-            self._printed = text
-
-    def end(self) -> None:
-        print()
-
-
-def _timing(timings: Sequence[Timing]) -> Table:
-    """Seconds and tokens by phase, over all batches."""
-    table = _table("timing", "phase", "seconds", "tokens", "tokens/s", numbers=3)
-    seconds: collections.Counter = collections.Counter()
-    tokens: collections.Counter = collections.Counter()
-    for timing in timings:
-        seconds.update(timing.seconds)
-        tokens.update(timing.tokens)
-    for phase, spent in seconds.items():
-        written = tokens.get(phase)
-        rate = f"{written / spent:,.1f}" if written else ""
-        count = "" if written is None else format_count(written)
-        table.add_row(phase, f"{spent:.3f}", count, rate)
-    firsts = sorted(t.first_token_seconds for t in timings)
-    if firsts:
-        requests = sum(t.requests for t in timings)
-        table.caption = (
-            f"{requests} requests in {len(timings)} batches\nfirst token after "
-            f"{firsts[len(firsts) // 2]:.3f} s (median)\n{firsts[-1]:.3f} s (longest)"
-        )
-    return table
 
 
 def _import(given) -> list[str]:
@@ -323,7 +339,7 @@ def _slice(given) -> list[str]:
 
 def _written(target: str, write: Callable) -> list[str]:
     """Writes with a bar; what there is to say about it."""
-    with _bars() as progress:
+    with console.bars() as progress:
         notes = write(progress)
     return [*notes, f"written: {target}"]
 
@@ -336,96 +352,9 @@ def _named_counts(text: str) -> tuple[str, dict]:
     return name, parsed
 
 
-@contextlib.contextmanager
-def _bars():
-    """Yields `progress(what, done, total)` in bytes, with the time left."""
-    columns = (
-        TextColumn("{task.description:<6}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True, **CONSOLE)) as shown:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done)
-
-        yield progress
-
-
-def _inspect(path: str) -> Iterator[Table]:
+def _inspect(given) -> Iterator[Any]:
     """Configuration, budgets, storage and provenance; no array is read."""
-    nested = ej.open_nested(path)
-    yield _configuration(nested.cfg)
-    yield _budgets(nested)
-    yield _storage(nested)
-    yield _provenance(nested)
-
-
-def _configuration(cfg: ej.ModelConfig) -> Table:
-    table = _table("configuration", "field", "value")
-    for field, value in cfg.to_dict().items():
-        table.add_row(field, str(value))
-    return table
-
-
-def _budgets(nested) -> Table:
-    """The parent and every named budget; counts only where they differ from it."""
-    cfg, specs = nested.cfg, ej.param_specs(nested.cfg)
-    whole = full_counts(cfg)
-    parent = ej.cost(specs, cfg)
-    headings = ("name", "counts", "total", "active", "of parent", "in bf16", "stored")
-    table = _table("budgets", *headings, numbers=5)
-    for name, counts in {"parent": None, **nested.budgets}.items():
-        cost = ej.cost(specs, cfg, counts=counts)
-        cut = {a: n for a, n in (counts or {}).items() if n != whole.get(a)}
-        table.add_row(
-            name,
-            "\n".join(f"{axis} {n}" for axis, n in cut.items()) or "all",
-            format_count(cost.total_params),
-            format_count(cost.active_params),
-            format_share(cost.active_params / parent.active_params),
-            format_bytes(cost.weight_bytes("bf16")),
-            format_bytes(size_bytes(nested.lazy(counts)[0])),
-        )
-    return table
-
-
-def _storage(nested) -> Table:
-    """How much of what is stored how; what it takes on disk, all together."""
-    table = _table("storage", "part", "stored in", "arrays", "size", numbers=2)
-    for row in nested.storage():
-        size, weights = row["bytes"], row["elements"]
-        bits = f", {8 * size / weights:.2f} bits a weight" if row["packed"] else ""
-        table.add_row(
-            row["part"],
-            f"{row['format']}{bits}",
-            format_count(row["arrays"]),
-            format_bytes(size),
-        )
-    table.caption = f"{format_bytes(nested.size_bytes)} on disk, compressed"
-    return table
-
-
-def _provenance(nested) -> Table:
-    table = _table("provenance", "what", "value")
-    for name, value in nested.provenance.items():
-        table.add_row(name, value if isinstance(value, str) else Pretty(value))
-    return table
-
-
-def _table(title: str, *headings: str, numbers: int = 0) -> Table:
-    """A table whose last `numbers` columns are numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    words = len(headings) - numbers
-    for heading in headings[:words]:
-        table.add_column(heading, overflow="fold")
-    for heading in headings[words:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+    yield from console.contents(ej.open_nested(given.checkpoint))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic_jax import axes
 from elastic_jax.axes import Path as ParamPath
 from elastic_jax.calibration import InputStatistics, input_statistics
 from elastic_jax.checkpoint import Nested, open_nested, save_nested
@@ -23,6 +24,13 @@ from elastic_jax.model import param_specs
 from elastic_jax.packing import Rows
 from elastic_jax.quantization_error import Error, quantization_errors
 from elastic_jax.quantize import Recipe, formats, quantize, table
+
+PRECISIONS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+}
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,9 @@ def quantize_nested(
         overwrite=overwrite,
         on_bytes=lambda done, total: progress("write", done, total),
     )
-    return Quantized(
-        table(specs, cfg, recipe), errors, inputs.never_met if inputs else {}
-    )
+    kinds = {p: PRECISIONS[axes.leaf(params, p).dtype.name] for p, _ in specs}
+    rows = table(specs, cfg, recipe, precision=kinds)
+    return Quantized(rows, errors, inputs.never_met if inputs else {})
 
 
 def _batches(nested: Nested, text: CalibrationText) -> Sequence[dict[str, np.ndarray]]:

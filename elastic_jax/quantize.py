@@ -264,17 +264,20 @@ def table(
     recipe: Recipe,
     *,
     counts: Counts | None = None,
-    precision: str = "bf16",
+    precision: str | Mapping[Path, str] = "bf16",
 ) -> list[dict[str, Any]]:
     """What each choice costs: a row for each kind of block, parameter and format.
 
     Exact without allocating an array: `bytes` are of values and of their scales, input
-    scales left out, and the rest in `precision`.
+    scales left out, and of the rest in `precision`.
 
     Args:
       counts: the submodel to count, cut from the quantized parent.
+      precision: of what is kept, by path where it differs.
     """
     chosen = formats(specs, cfg, recipe)
+    one = isinstance(precision, str)
+    stored = {path: precision if one else precision[path] for path, _ in specs} | chosen
     called = names(specs, cfg)
     named = [(called[path].split("/"), path, spec) for path, spec in specs]
     kept = (counts or {}).get("layers", (1,) * cfg.layers)
@@ -282,7 +285,7 @@ def table(
     for (kind, name), path, spec in sorted(named, key=lambda n: KINDS.index(n[0][0])):
         if path[0] == "layers" and not kept[path[1]]:
             continue
-        format = chosen.get(path, precision)
+        format = stored[path]
         sizes = {
             dim: axes.entry(specs, path, dim, (counts or {}).get(dim, full))
             for dim, full in ((dim, getattr(cfg, dim)) for dim in spec.dims)

@@ -1,6 +1,6 @@
 """Is every operation right, and how fast is it beside what one would write instead?
 
-    python kernels/bench.py [--ops ssd expert_mlp causal_attention] [--quick]
+    python kernels/bench.py [--ops ssd expert_mlp ...] [--quick] [--small]
                             [--json PATH]
 
 For each operation: first its error against the float64 reference, beside that of the
@@ -9,11 +9,17 @@ fixed cotangents), candidates alternating in one process that is pinned to one c
 and one thread. The bars are ratios between candidates, so they carry over from
 machine to machine better than seconds do. Wrong results exit with code 1; a missed
 bar is printed, but a busy machine can miss one too.
+
+On a GPU it is `bench_gpu` that runs: the kernels, in the sizes of Nemotron 3 Nano,
+beside the device's own floors. `--small` runs that half anywhere, in sizes that prove
+nothing but the script.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import sys
@@ -289,11 +295,15 @@ def measure(name, operation, case_name, case, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=[*OPERATIONS])
+    names = [*OPERATIONS, "gated_rms_norm"]
+    parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="first case, few rounds")
     parser.add_argument("--json", metavar="PATH", help="write the numbers here as well")
+    parser.add_argument("--small", action="store_true", help="the GPU's half, tiny")
     options = parser.parse_args()
-    operations = {name: OPERATIONS[name]() for name in options.ops}
+    if options.small or jax.default_backend() == "gpu":
+        return on_gpu(options)
+    operations = {n: OPERATIONS[n]() for n in options.ops if n in OPERATIONS}
 
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, one core, one thread"
@@ -318,6 +328,22 @@ def main():
             report = {"errors": checks, "times": rows, "bars": bars}
             json.dump({"jax": jax.__version__} | report, file, indent=1)
     return 0 if all(row["ok"] for row in checks) else 1
+
+
+def on_gpu(options) -> int:
+    import bench_gpu
+
+    versions = {"jax": jax.__version__}
+    for name in ("triton", "jax_triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, " + ", ".join(f"{n} {v}" for n, v in versions.items()))
+    report = bench_gpu.run(options.ops, small=options.small)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"device": device} | versions | report, file, indent=1)
+    return 0 if all(row["ok"] for row in report["errors"]) else 1
 
 
 if __name__ == "__main__":

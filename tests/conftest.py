@@ -19,7 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 process.compile_quickly("--xla_force_host_platform_device_count=8")
 
 # The shapes in signatures hold, wherever arguments are not checked for users anyway.
-FORMS = itertools.product(("ssd", "grouped_matmul", "attention"), ("xla", "reference"))
+OPERATIONS = ("ssd", "grouped_matmul", "attention", "gated_norm")
+FORMS = itertools.product(OPERATIONS, ("xla", "reference"))
 install_import_hook(
     ["elastic_jax.layers", *(f"elastic_kernels.{op}.{form}" for op, form in FORMS)],
     "beartype.beartype",

@@ -57,7 +57,7 @@ FLOORS = (
         *("convert", "post_training", "request", "serving", "latency"),
         *("report", "control_report", "quantization_report", "claims_report"),
     ),
-    ("__main__",),
+    ("console", "__main__"),
 )
 ALONE = {
     *("layers.attention", "layers.mlp", "layers.moe"),
@@ -76,7 +76,7 @@ DOORS = {
     "matplotlib": {
         *("report", "control_report", "quantization_report", "claims_report"),
     },
-    "rich": {"__main__"},
+    "rich": {"console"},
     "torch": set(),
     "triton": set(),
     "ml_collections": set(),

@@ -190,3 +190,48 @@ def test_generate_says_that_templates_are_not_run(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     assert "Chat templates are not run" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- quantize
+
+
+def test_quantize_writes_a_packed_checkpoint_and_says_what_it_did(
+    saved, tmp_path, capsys
+):
+    target = tmp_path / "packed"
+    given = ["quantize", str(saved), str(target), "--rule", "moe/up=fp8"]
+    assert main([*given, "--rule", "attention/*=nvfp4"]) == 0
+    out, _ = capsys.readouterr()
+    printed = rows(out)
+    nested = ej.open_nested(target)
+    assert {*nested.budgets} == {"full", "[red]small"}
+    layers = nested.restore("full")[0]["layers"]
+    assert layers[1]["up"].format == "fp8" and layers[1]["down"].format == "nvfp4"
+    assert layers[2]["q"].format == "nvfp4"
+    size = format_bytes(4 * CFG.embed)
+    assert ["moe/norm", "fp32", str(CFG.embed), size] in printed
+    assert ["model/lm_head", "bf16"] in [row[:2] for row in printed]
+    errors = {row[0]: row[1:] for row in printed if len(row) == 7}
+    assert errors["1: moe/up"][0] == "fp8" and errors["2: attention/q"][0] == "nvfp4"
+    assert 5 < float(errors["2: attention/q"][1].rstrip("%")) < 15
+    assert "not calibrated: activations stay as they are" in out
+    assert main(given) == 2
+    assert "exists: take another path" in capsys.readouterr().err
+    assert main(["quantize", str(saved), str(tmp_path / "x"), "--rule", "moe/up"]) == 2
+    assert "format" in capsys.readouterr().err
+
+
+def test_quantize_reads_text(tmp_path, capsys):
+    cfg = ej.ModelConfig.from_dict(CFG.to_dict() | {"pattern": "E", "vocab": 260})
+    params = ej.init_params(jax.random.key(0), cfg)
+    ej.save_nested(tmp_path / "nested", params, cfg, budgets={})
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"a little text " * 9)
+    given = ["quantize", str(tmp_path / "nested"), str(tmp_path / "packed")]
+    given += ["--format", "fp8", "--calibrate", str(text), "--rows", "3"]
+    assert main([*given, "--context", "16", "--batch", "2"]) == 0
+    out, _ = capsys.readouterr()
+    up = ej.open_nested(tmp_path / "packed").restore()[0]["layers"][0]["up"]
+    assert np.all(np.asarray(up.input_scale) > 0) and "not calibrated" not in out
+    assert main([*given, "--force", "--context", "0"]) == 2
+    assert "context: expected a positive int" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_the_page(results, tmp_path):
     assert "NVFP4 QAD gives back 90% at `full` and 79% at `small`" in text
     assert "NVFP4 QAD against NVFP4 QAT: +3.0 points (-1.0 to +7.0) at `full`" in text
     assert "FP8 PTQ: 1.0 KiB in memory, 50% of BF16; all budgets" in text
-    rows = [line for line in text.splitlines() if line.startswith("| small")]
+    rows = [line for line in text.splitlines() if line.startswith("| small  |")]
     assert len(rows) == len(VALUES)
     assert "95.8% (94.4% to 97.2%)" not in text and "82.5% (80.0% to 85.0%)" in rows[3]
     assert "| small, NVFP4 QAD |  100.0% |   82.5% |" in text

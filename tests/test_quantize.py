@@ -1,5 +1,6 @@
 """Recipes, joint scales, bytes, and models that compute from packed weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -445,3 +446,39 @@ def test_scales_of_blocks_freeze_with_the_rest():
         assert jnp.all(off <= 1.001 * step)  # half of the largest step, 4 to 6
     with pytest.raises(ValueError, match="give a quantized tree"):
         ej.quantize(params, specs, cfg, recipe, frozen=True)
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["reads", "writes"])
+def test_never_is_the_whole_model_an_array(writes):
+    """Temporaries of a few matrices, also in the loop that writes a text."""
+    cfg = dataclasses.replace(ej.presets.tiny("-" * 12), embed=256, ffn=1024)
+    specs, recipe = ej.param_specs(cfg), Recipe("nvfp4", (("*", "nvfp4"),))
+
+    def init(key, pack):
+        params = ej.init_params(key, cfg)
+        return ej.quantize(params, specs, cfg, recipe) if pack else params
+
+    shapes = [
+        jax.eval_shape(functools.partial(init, pack=pack), jax.random.key(0))
+        for pack in (True, False)
+    ]
+
+    def run(params, token):
+        if not writes:
+            return ej.apply(params, token, cfg)
+        step = lambda _, t: jnp.argmax(ej.apply(params, t, cfg), -1).astype(jnp.int32)
+        return jax.lax.fori_loop(0, 3, step, token)
+
+    packed, arrays = (
+        jax.jit(run)
+        .lower(params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        .compile()
+        .memory_analysis()
+        for params in shapes
+    )
+    whole, largest = arrays.argument_size_in_bytes, 4 * cfg.embed * cfg.ffn
+    assert whole > 24 * largest > 6 * packed.argument_size_in_bytes
+    assert packed.temp_size_in_bytes < arrays.temp_size_in_bytes + 8 * largest

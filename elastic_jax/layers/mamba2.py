@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elastic_jax.axes import CacheSpec, ParamSpec
-from elastic_jax.layers.norm import rms_norm
 from elastic_jax.masks import LayerMasks, elastic, live, varies_along_time, written
-from elastic_kernels import contract, ssd
+from elastic_kernels import contract, gated_rms_norm, ssd
 
 HEADS = "ssm_groups heads_per_group ssm_head_dim"
 STATE = "ssm_groups ssm_state"
@@ -106,10 +105,7 @@ def mamba2(
     elif cache is not None:
         cache = _advanced(held, read, state, lengths)
 
-    y = (y.astype(wide) * jax.nn.silu(z.astype(wide))).astype(x.dtype)
-    y = elastic(y, masks, "heads_per_group", dim=-2, tap=tap)
-    y = elastic(y, masks, "ssm_head_dim", dim=-1)
-    y = _group_norm(params["gate_norm"], y, masks, norm_eps)
+    y = _gated_norm(params["gate_norm"], y, z, masks, norm_eps, tap)
     return contract("btgrp,grpd->btd", y, params["out"]), cache
 
 
@@ -121,13 +117,28 @@ def _written(value: Array, masks: LayerMasks, axes: str) -> Array:
     return value
 
 
-def _group_norm(
-    scale: Float[Array, "g r p"], y: Float[Array, "b t g r p"], masks, eps: float
+def _gated_norm(
+    scale: Float[Array, "g r p"],
+    y: Float[Array, "b t g r p"],
+    z: Float[Array, "b t g r p"],
+    masks: LayerMasks,
+    eps: float,
+    tap,
 ) -> Float[Array, "b t g r p"]:
-    """RMSNorm inside each group, over its live heads and channels."""
+    """Gates heads, masks them, and normalises what is live of each group."""
     _, r, p = scale.shape
     count = live(masks, "heads_per_group", r) * live(masks, "ssm_head_dim", p)
-    return rms_norm(y, scale, live=count, eps=eps, dims=2)
+    if tap is not None:  # it sees the heads before their mask
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        gated = y.astype(wide) * jax.nn.silu(z.astype(wide))
+        tap("heads_per_group", gated.astype(y.dtype))
+    heads, channels = masks.get("heads_per_group"), masks.get("ssm_head_dim")
+    mask = None
+    if heads is not None or channels is not None:
+        heads = jnp.ones(r) if heads is None else heads
+        channels = jnp.ones(p) if channels is None else channels
+        mask = heads[..., None] * channels[..., None, :]
+    return gated_rms_norm(y, z, scale, mask=mask, live=count, eps=eps)
 
 
 def _resets(segment_ids):

@@ -2,9 +2,10 @@
 
     python experiments/run.py --config=experiments/configs/qad.py --workdir=DIR
 
-Toy models forgive a lot: with the layers of the Nano v3 recipe in NVFP4, problems of 2
-to 8 steps lose half a point. So everything that enters a product is rounded here,
-attention, router and head too, weights and activations; and problems are long.
+Toy models forgive a lot: with the layers of the Nano v3 recipe in NVFP4, the tiny run's
+budgets lose half a point on problems of 2 to 8 steps. So everything that enters a
+product is rounded here, attention, router and head too, weights and activations; and
+only the longest problems of the training are asked, where every step can go wrong.
 """
 
 from experiments.configs import base
@@ -15,16 +16,11 @@ def get_config():
     config.title = "Nested quantization on a synthetic reasoning task"
     config.controls = "none"
     config.save_every = 200
-    config.parent_training.update(
-        {"steps": 1400, "max_steps": 10, "target": 0.98, "floor": 0.9}
-    )
     config.orders.update({"axes": ("embed",), "random": 2, "rows": 32})
-    stage = {"context": 96, "max_steps": 10}
-    config.stages.short.update(stage | {"steps": 150})
-    config.stages.long.update(stage | {"steps": 100, "sampling": ()})
-    config.evaluation.update(
-        {"examples": 512, "min_steps": 6, "max_steps": 10, "context": 96}
-    )
+    config.stages.short.update({"steps": 100})
+    config.stages.long.update({"steps": 60, "context": 96, "sampling": ()})
+    config.router.fit_first = 300
+    config.evaluation.update({"examples": 384, "min_steps": 7})
     config.quantization.update(
         {
             "arms": ("fp8_ptq", "nvfp4_ptq", "nvfp4_qad", "nvfp4_qat"),
@@ -32,7 +28,7 @@ def get_config():
             "seeds": 3,
         }
     )
-    config.quantization.stage.update(stage)
+    config.quantization.stage.update({"steps": 200, "context": 96})
     smoke_stage = {"batch": 4, "micro_batch": 2, "warmup_steps": 1}
     config.when_smoke.update(
         {
@@ -50,7 +46,7 @@ def get_config():
             "calibration": {"rows": 8, "batch": 8},
             "orders": {"random": 1, "rows": 8},
             "router": {"fit_first": 300},
-            "budgets": {"names": ("full", "small"), "targets": (1.0, 0.58)},
+            "budgets": {"names": ("full", "small"), "targets": (1.0, 0.55)},
             "stages": {
                 "short": smoke_stage | {"steps": 3},
                 "long": smoke_stage | {"steps": 2},

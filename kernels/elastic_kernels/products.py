@@ -5,6 +5,7 @@ two forms here. Layers never ask which. A quantized weight that knows the scale 
 inputs has them rounded as well, as hardware does that multiplies in FP8 or NVFP4.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,8 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from elastic_kernels import quant_array
-from elastic_kernels.dispatch import select
+from elastic_kernels.dispatch import require_capability, select
 from elastic_kernels.quant_array import QuantArray
+
+# The first GPUs that multiply a format: Ada for E4M3, Blackwell for E2M1.
+SCALED_CAPABILITY = {"fp8": 89, "nvfp4": 100}
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +105,8 @@ def contract(
     if isinstance(w, Observed):
         w.see(x)
         w = w.weight
+    if isinstance(w, QuantArray):
+        w = _not_before(x, w)
     if _input_scale(w) is None:
         return jnp.einsum(equation, x, w.astype(x.dtype))
     available = {"xla": _rounded_product, "scaled": _scaled_product}
@@ -124,6 +130,22 @@ def met(x: jax.Array, w: Weight, axis: int = -1) -> jax.Array:
     return _straight_through(x, rounded)
 
 
+def _not_before(x: jax.Array, w: QuantArray) -> QuantArray:
+    """`w`, which cannot become an array before `x` is known.
+
+    Weights are known before all else: XLA would make arrays of all of them first, or
+    outside the loop that writes a text, and hold a whole dequantized model. A barrier
+    alone is gone when a CPU's schedule is made, so the scale asks `x` a question there
+    whose answer only we know.
+    """
+    x, w = jax.lax.optimization_barrier((jax.lax.stop_gradient(x), w))
+    if jax.default_backend() != "cpu" or not x.size:
+        return w
+    first = x[(0,) * x.ndim]
+    never = (first != first) & (first == first)
+    return dataclasses.replace(w, scale=jnp.where(never, 0.0, w.scale))
+
+
 def _input_scale(w: Weight) -> jax.Array | None:
     if isinstance(w, FakeQuant):
         return w.quantized.input_scale
@@ -138,6 +160,7 @@ def _rounded_product(equation: str, x: jax.Array, w: QuantArray | FakeQuant):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled_product(equation: str, x: jax.Array, w: QuantArray):
     """The product of the numbers themselves, summed in float32, then the scales."""
+    require_capability("contract", SCALED_CAPABILITY[w.format])
     scale = w.input_scale
     if w.format == "fp8":
         wide = quant_array.divided(x.astype(jnp.float32), scale)

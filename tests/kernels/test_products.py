@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_kernels import contract
+from elastic_kernels import contract, dispatch
 from elastic_kernels.products import FakeQuant, Observed, met
 from elastic_kernels.quant_array import (
     FORMATS,
@@ -121,6 +121,19 @@ def test_scaled_products_that_cannot_be():
         contract("bd,df->fb", x, q, implementation="scaled")
     with pytest.raises(ValueError, match="'scaled' does not exist; choose one of"):
         contract("bd,df->bf", x, FakeQuant(w, q), implementation="scaled")
+
+
+@pytest.mark.parametrize("format, least", [("fp8", 8.9), ("nvfp4", 10.0)])
+def test_scaled_products_decline_older_gpus(format, least):
+    x, w = drawn(5, 32), drawn(32, 16, seed=1)
+    q = packed(w, format, inputs=x)
+    run = lambda: lambda x: contract("bd,df->bf", x, q)  # traced afresh
+    with dispatch.target(100):
+        text = str(jax.make_jaxpr(run())(x))
+    assert ("f8_e4m3fn" if format == "fp8" else "scaled_dot") in text
+    declined = pytest.warns(UserWarning, match=f"needs compute capability {least}")
+    with dispatch.target(80), declined:
+        jax.eval_shape(run(), x)
 
 
 def test_an_observed_weight_tells_what_it_meets():

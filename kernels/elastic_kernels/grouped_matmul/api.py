@@ -12,11 +12,13 @@ training get that of the exact ones. Where a matrix knows the scale of its input
 are rounded by that of the expert they chose.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from elastic_kernels.dispatch import select
+from elastic_kernels.dispatch import lazy, select
 from elastic_kernels.grouped_matmul import reference, xla
 from elastic_kernels.products import FakeQuant, Observed
 from elastic_kernels.quant_array import QuantArray
@@ -46,7 +48,11 @@ def grouped_matmul(
     """
     _check_experts("grouped_matmul", experts, x.shape[:2], w.shape[0])
     _check_shape("grouped_matmul", "w", w, (w.shape[0], x.shape[2], w.shape[-1]))
-    available = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul}
+    available = {
+        "reference": reference.grouped_matmul,
+        "xla": xla.grouped_matmul,
+        "triton": lazy("elastic_kernels.grouped_matmul.triton", "grouped_matmul"),
+    }
     chosen = select("grouped_matmul", implementation, available)
     if isinstance(w, Observed):
         w.see(x, experts)
@@ -62,6 +68,7 @@ def expert_mlp(
     gates: Float[Array, "m c"],
     *,
     hidden_mask: Float[Array, "*m f"] | None = None,
+    active: tuple[Int[Array, ""] | int, Int[Array, ""] | int] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "m d"]:
     """Sends each token through its chosen experts and sums their outputs by gate.
@@ -80,6 +87,10 @@ def expert_mlp(
       experts: the chosen experts, in [0, e). Not checked: the values are traced.
       gates: the weight of each choice.
       hidden_mask: factors on the hidden channels, [f] for all tokens or [m f].
+      active: how many hidden channels and how many channels of `x` count, traced or
+        not. Those behind them are as if the arrays ended there: they are read as zeros,
+        and results and gradients, of the hidden mask as well, are exact zeros. The
+        Triton form costs what these widths cost; the others cost the full ones.
       implementation: see `elastic_kernels.dispatch.select`.
 
     Returns:
@@ -98,9 +109,42 @@ def expert_mlp(
     if hidden_mask is not None:
         whole = (f,) if hidden_mask.ndim == 1 else (m, f)
         _check_shape("expert_mlp", "hidden_mask", hidden_mask, whole)
-    available = {"reference": reference.expert_mlp, "xla": xla.expert_mlp}
+    if active is not None:
+        _check_active(active, (f, d))
+    available = {
+        "reference": _masking(reference.expert_mlp),
+        "xla": _masking(xla.expert_mlp),
+        "triton": lazy("elastic_kernels.grouped_matmul.triton", "expert_mlp"),
+    }
     chosen = select("expert_mlp", implementation, available)
-    return chosen(x, up, down, experts, gates, hidden_mask)
+    return chosen(x, up, down, experts, gates, hidden_mask, active)
+
+
+def _masking(expert_mlp: Callable) -> Callable:
+    """Gives active widths to a form that has none, by zeros in what lies behind."""
+
+    def call(x, up, down, experts, gates, mask, active):
+        if active is None:
+            return expert_mlp(x, up, down, experts, gates, mask)
+        f, d = (
+            jnp.arange(width) < n
+            for width, n in zip((up.shape[2], up.shape[1]), active, strict=True)
+        )
+        mask = jnp.where(f, jnp.ones((), x.dtype) if mask is None else mask, 0)
+        x = jnp.where(d, x, 0)
+        return jnp.where(d, expert_mlp(x, up, down, experts, gates, mask), 0)
+
+    return call
+
+
+def _check_active(active: tuple, widths: tuple[int, int]) -> None:
+    names = "expert_ffn", "embed"
+    for name, n, width in zip(names, active, widths, strict=True):
+        if isinstance(n, int) and not 0 < n <= width:
+            raise ValueError(
+                f"expert_mlp: active {name} is {n}, expected 1 to {width}, the width "
+                "of the matrices"
+            )
 
 
 def _check_shape(operation: str, name: str, a: jax.Array, expected: tuple) -> None:

@@ -1,6 +1,6 @@
 """Shapes of expert layers worth testing and timing, shared by the tests and the bench.
 
-    m tokens   c choices (top_k)   e experts   d embed   f expert_ffn
+m tokens   c choices (top_k)   e experts   d embed   f expert_ffn
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ TESTED = {
     "many_rows": Case(m=160, e=3, c=2, d=4, f=8),
     "strips": Case(m=2, e=3, c=2, d=96, f=4096),  # of weights, where rows are few
 }
+
+# Of the kernels: widths of more than one tile, the last of which is not full.
+TILED = {"tiles": Case(m=24, e=3, c=2, d=80, f=144)}
 
 TIMED = {
     "T512_E16_K2": Case(m=512, e=16, c=2, d=256, f=512),

@@ -9,7 +9,7 @@ heads: that sharing is most of what makes the chunked form cheap.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from elastic_kernels.dispatch import select
+from elastic_kernels.dispatch import lazy, select
 from elastic_kernels.ssd import reference, xla
 
 
@@ -48,7 +48,7 @@ def ssd(
       initial_state: the state before the first token; None is zeros.
       resets: True where a token starts a new document: the state is zeroed before
         that token, at t = 0 as well, where it drops `initial_state`.
-      implementation: "reference", "xla", or None for the device's default.
+      implementation: "reference", "xla", "triton", or None for the device's default.
 
     Returns:
       `y` in the dtype of `x`, and the state after the last token.
@@ -57,7 +57,12 @@ def ssd(
       ValueError: a shape disagrees, or there is no token.
     """
     _check(x, dt, A, B, C, D, initial_state, resets)
-    run = select("ssd", implementation, {"reference": reference.ssd, "xla": xla.ssd})
+    available = {
+        "reference": reference.ssd,
+        "xla": xla.ssd,
+        "triton": lazy("elastic_kernels.ssd.triton", "ssd"),
+    }
+    run = select("ssd", implementation, available)
     return run(x, dt, A, B, C, D, initial_state=initial_state, resets=resets)
 
 

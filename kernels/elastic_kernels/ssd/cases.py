@@ -31,6 +31,14 @@ TESTED = {
     "documents": Case(2, 77, 2, 3, 4, 5, initial_state=True, resets=True),
 }
 
+# Of the kernels: dimensions that fill no tile, more than one, and a cut sequence.
+TILED = {
+    "head_80": Case(1, 37, 1, 2, 80, 64, initial_state=True),
+    "state_256": Case(1, 35, 1, 1, 16, 256, resets=True),
+    "segments": Case(1, 266, 1, 2, 4, 5, initial_state=True),
+    "segments_documents": Case(2, 266, 1, 1, 4, 5, resets=True),
+}
+
 TIMED = {
     "B1_T2048": Case(1, 2048, 1, 8, 64, 64),
     "B1_T4096": Case(1, 4096, 1, 8, 64, 64),
