@@ -23,7 +23,7 @@ from elastic_jax.latency_grid import PHASES
 from elastic_jax.latency_table import LatencyTable
 
 # Bytes of 16 stored values. NVFP4 packs 16 four-bit values and one scale byte.
-BLOCK_BYTES = {"fp64": 128, "fp32": 64, "bf16": 32, "fp16": 32, "fp8": 16, "nvfp4": 9}
+BLOCK_BYTES = {"fp32": 64, "bf16": 32, "fp16": 32, "fp8": 16, "nvfp4": 9}
 
 # What a latency budget counts: one pass over the prompt, one token, or an answer.
 LATENCIES = (*PHASES, "answer")

@@ -29,7 +29,6 @@ PRECISIONS = {
     "bfloat16": "bf16",
     "float16": "fp16",
     "float32": "fp32",
-    "float64": "fp64",
 }
 
 
@@ -110,6 +109,10 @@ def quantize_nested(
     cfg, specs = nested.cfg, param_specs(nested.cfg)
     formats(specs, cfg, recipe)  # before anything is read
     batches = None if calibration is None else _batches(nested, calibration)
+    odd = {p: kind for p, kind in nested.dtypes.items() if p.startswith("params.")}
+    odd = sorted(p for p, kind in odd.items() if kind == "float64")
+    if odd:
+        raise ValueError(f"{odd[0]} is float64: save the checkpoint in float32 first")
     params, _ = nested.restore()
     record: dict[str, Any] = {"recipe": dataclasses.asdict(recipe)}
     inputs = None

@@ -94,7 +94,8 @@ def compiled(launch: Launch, capability: int) -> Resources:
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options=options)
+    with _cache(triton):
+        kernel = triton.compile(source, target=target, options=options)
 
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -106,6 +107,17 @@ def compiled(launch: Launch, capability: int) -> Resources:
     if not found:
         raise RuntimeError(f"cuobjdump did not report registers: {report!r}")
     return Resources(int(found[1]), int(found[2]), kernel.metadata.shared)
+
+
+@contextlib.contextmanager
+def _cache(triton: Any) -> Iterator[None]:
+    """A folder for Triton's cache, which others of this process may have turned off."""
+    if triton.knobs.cache.dir:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        yield
 
 
 @contextlib.contextmanager
