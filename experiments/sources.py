@@ -231,17 +231,6 @@ def _nats(params, rows, cfg):
     return mean * jnp.sum(weights)
 
 
-def stacked(source: Source, batch: int) -> list[dict[str, np.ndarray]]:
-    """All examples in batches of one shape: behind the last stand zeros."""
-    examples = [source[i] for i in range(len(source))]
-    nothing = {name: np.zeros_like(array) for name, array in examples[0].items()}
-    examples += [nothing] * (-len(examples) % batch)
-    return [
-        {k: np.stack([e[k] for e in examples[i : i + batch]]) for k in nothing}
-        for i in range(0, len(examples), batch)
-    ]
-
-
 def all_made(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """What each makes; all their ValueErrors in one, each said once."""
     made, problems = {}, []
