@@ -1,9 +1,10 @@
 """Lowers or compiles for a GPU that is not here; run by tests.
 
-    python tests/kernels/deviceless.py lower | compile train | mosaic
+    python tests/kernels/deviceless.py lower | compile train | scan | mosaic
 
-`train` is a whole train step with Triton's kernels, `mosaic` the grouped product by
-Mosaic's and its gradient. Prints one JSON line: how many kernels the program calls,
+`train` is a whole train step with Triton's kernels, in a toy's sizes; `scan` and
+`mosaic` are the scan by Triton's and the grouped product by Mosaic's, with gradients,
+in those of Nemotron 3 Nano. Prints one JSON line: how many kernels the program calls,
 and, compiled, its bytes.
 """
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import elastic_jax as ej
 from elastic_jax import train
-from elastic_kernels import dispatch
+from elastic_kernels import dispatch, ssd
 from elastic_kernels.grouped_matmul.api import grouped_matmul
 
 # XLA's description of a GPU, in its text form; numbers of an H100 with 80 GB.
@@ -76,8 +77,20 @@ def arguments():
     return jax.eval_shape(make)
 
 
+def scan(*inputs):
+    y, pull = jax.vjp(lambda *a: ssd(*a, implementation="triton")[0], *inputs)
+    return y, pull(y)
+
+
+def scan_arguments():
+    of, (b, t, g, r, p, n) = jax.ShapeDtypeStruct, (2, 8192, 8, 8, 64, 128)
+    heads, narrow, wide = of((g, r), jnp.float32), jnp.bfloat16, jnp.float32
+    x, dt, shared = (b, t, g, r, p), (b, t, g, r), (b, t, g, n)
+    B = C = of(shared, narrow)
+    return of(x, narrow), of(dt, wide), heads, B, C, heads
+
+
 def mosaic(x, w, experts):
-    """The product in the sizes of Nemotron 3 Nano, and both gradients."""
     product = functools.partial(grouped_matmul, implementation="mosaic")
     y, pull = jax.vjp(lambda x, w: product(x, w, experts), x, w)
     return y, pull(y)
@@ -95,6 +108,7 @@ def mosaic_arguments():
 
 PROGRAMS = {  # the function, its arguments, what calls of its kernels look like
     "train": (step, arguments, "@triton_kernel_call"),
+    "scan": (scan, scan_arguments, "@triton_kernel_call"),
     "mosaic": (mosaic, mosaic_arguments, "@mosaic_gpu_v2"),
 }
 
@@ -131,9 +145,11 @@ def main(what: str, which: str) -> None:
     with dispatch.target(90), jax.set_mesh(mesh):
         lowered = jax.jit(function).lower(*shapes)
         compiled = lowered.compile()
+    memory = compiled.memory_analysis()
     found = {
         "kernels": lowered.as_text().count(call),
-        "temporaries_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "given_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     }
     print(json.dumps(found))
 

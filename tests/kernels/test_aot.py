@@ -28,3 +28,9 @@ def test_it_compiles_for_an_h100(deviceless, program, kernels):
     found = deviceless("compile", program)
     assert found["kernels"] == kernels
     assert found["temporaries_bytes"] > 0
+
+
+def test_the_scan_and_its_gradient_need_little_memory_beside_their_own(deviceless):
+    found = deviceless("compile", "scan")
+    assert found["kernels"] == 4
+    assert found["temporaries_bytes"] <= 2 * found["given_bytes"]
