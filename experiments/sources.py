@@ -20,7 +20,7 @@ from elastic_jax.corpus import Corpus, read_corpus
 from elastic_jax.data import Mixture, Source
 from elastic_jax.distill import cross_entropy_loss
 from elastic_jax.measures import BITS_PER_BYTE, EXACT_ANSWERS, Measure
-from elastic_jax.packing import Rows, split
+from elastic_jax.packing import Rows, split, stacked
 from experiments.tasks import EOS, Problem, ReasoningTask, prompts, score
 
 Groups = Mapping[str, Mapping[str, Any]]
