@@ -38,8 +38,9 @@ import jax  # noqa: E402
 from elastic_jax import claims_report, directories, fit  # noqa: E402
 from elastic_jax.claims import CLAIMS  # noqa: E402
 from elastic_jax.manifest import plain  # noqa: E402
-from experiments import pipeline, settings  # noqa: E402
+from experiments import settings, training  # noqa: E402
 from experiments.arms.start import Start  # noqa: E402
+from experiments.workdir import console, exit_code  # noqa: E402
 
 RESULTS = "results"
 # How often something is measured is no part of what is measured.
@@ -66,20 +67,20 @@ def run(claim: str, plan: settings.Plan, root: pathlib.Path) -> None:
         missing = [a for a in arms.arms(start, seed) if not kept.has(a, seed)]
         if not missing:
             continue
-        pipeline.console.rule(f"[bold]{claim}, seed {seed}", align="left")
+        console.rule(f"[bold]{claim}, seed {seed}", align="left")
         began = time.monotonic()
         for arm, found in arms.rows(start, seed, missing):
             now = time.monotonic()
             about = {"claim": claim, "arm": arm, "seed": seed}
             about["seconds"] = round(now - began, 1)
             kept.add(about | _origin(plan) | {"found": found})
-            pipeline.console.print(f"{claim}, seed {seed}: {arm}")
+            console.print(f"{claim}, seed {seed}: {arm}")
             began = now
 
 
 def identity(plan: settings.Plan) -> dict[str, Any]:
     """What lines of a claim belong to."""
-    named = pipeline.identity(plan, plan.stages)
+    named = training.identity(plan, plan.stages)
     for group in ("claim", "control", "quantization"):
         values = plan.values[group].items()
         named[group] = plain({k: v for k, v in values if k not in REPEATED}, group)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = _parsed(arguments)
     if asked.report is not None:
         said = claims_report.write_claims_report(asked.report)
-        pipeline.console.print(f"written: {said}")
+        console.print(f"written: {said}")
         return
     claims = list(CLAIMS) if asked.claim == "all" else [asked.claim]
     plans = {claim: plan(claim, smoke=asked.smoke) for claim in claims}
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
         for claim, each in plans.items():
             run(claim, each, root)
             said = claims_report.write_claims_report(root / RESULTS)
-    pipeline.console.print(f"done: {said}")
+    console.print(f"done: {said}")
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -183,4 +184,4 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(pipeline.exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

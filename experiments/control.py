@@ -21,9 +21,10 @@ from elastic_jax import control_report
 from elastic_jax.budget_control import Thought
 from elastic_jax.fronts import OWN_CACHE
 from elastic_jax.manifest import plain
-from experiments import pipeline
+from experiments import training
 from experiments.settings import Plan
 from experiments.tasks import END_THINK, EOS, NEWLINE, prompts, score
+from experiments.workdir import Failed, Workdir, bar, console
 
 FILE = "control.json"
 
@@ -60,7 +61,7 @@ def passes(
 
 
 def measure(
-    plan: Plan, workdir: pipeline.Workdir, nested: Any, *, allow_changes: bool
+    plan: Plan, workdir: Workdir, nested: Any, *, allow_changes: bool
 ) -> None:
     """Sweeps every seed, trains those that are missing, and writes the report.
 
@@ -73,7 +74,7 @@ def measure(
       Failed: the weights at the end of a stage were not kept.
     """
     asked = plan.values["control"]
-    name = pipeline.identity(plan, plan.stages)
+    name = training.identity(plan, plan.stages)
     name["control"] = plain({k: v for k, v in asked.items() if k != "seeds"}, "control")
     found = workdir.read(FILE)
     if found is None or found["identity"] != name:
@@ -100,38 +101,38 @@ def measure(
 
 
 def measured_seed(
-    plan: Plan, workdir: pipeline.Workdir, nested: Any, seed: int
+    plan: Plan, workdir: Workdir, nested: Any, seed: int
 ) -> dict[str, Any]:
     """Trains with one seed, also the first, unless that is done, and sweeps it."""
-    seeded, folder = pipeline.of_seed(plan, seed)
-    pipeline.elastic_training(seeded, workdir, folder, nested, keep_stages=True)
+    seeded, folder = training.of_seed(plan, seed)
+    training.elastic_training(seeded, workdir, folder, nested, keep_stages=True)
     return _seed(plan, workdir, folder)
 
 
-def report(workdir: pipeline.Workdir) -> None:
+def report(workdir: Workdir) -> None:
     """Writes the report from the numbers, where there are any."""
     if (found := workdir.read(FILE)) is not None:
         path = control_report.write_control_report(workdir.path, found)
-        pipeline.console.print(f"thinking and answering: {path}")
+        console.print(f"thinking and answering: {path}")
 
 
 def _trained(plan, workdir, nested, seed: int, allow_changes: bool) -> str:
     """The folder of elastic training with this seed; trains unless it is complete."""
-    seeded, folder = pipeline.of_seed(plan, seed)
+    seeded, folder = training.of_seed(plan, seed)
     if seed:
         options = {"keep_stages": True, "allow_changes": allow_changes}
-        pipeline.elastic_training(seeded, workdir, folder, nested, **options)
+        training.elastic_training(seeded, workdir, folder, nested, **options)
     return folder
 
 
-def _seed(plan: Plan, workdir: pipeline.Workdir, folder: str) -> dict[str, Any]:
+def _seed(plan: Plan, workdir: Workdir, folder: str) -> dict[str, Any]:
     """What one training run is measured to do: rows for every stage asked for."""
     asked, rows = plan.values["control"], []
     large, small = asked["budgets"]
     for stage in asked["stages"]:
-        path = pipeline.stage_end(workdir, folder, stage)
+        path = training.stage_end(workdir, folder, stage)
         if not path.exists():
-            raise pipeline.Failed(
+            raise Failed(
                 f"{path} is missing: this workdir was trained without control.caps; "
                 "use a new --workdir"
             )
@@ -140,7 +141,7 @@ def _seed(plan: Plan, workdir: pipeline.Workdir, folder: str) -> dict[str, Any]:
         sweep = Sweep(plan, opened.restore()[0], counts)
         repeats = asked["repeats"] if stage == asked["stages"][-1] else 0
         total = len(sweep.cases) * (2 + repeats)
-        with pipeline.bar(f"{folder} {stage}", total) as advance:
+        with bar(f"{folder} {stage}", total) as advance:
             rows += [{"stage": stage} | row for row in sweep.rows(repeats, advance)]
     return {
         "rows": rows,

@@ -24,8 +24,9 @@ from elastic_jax.quantization_error import Error, quantization_errors
 from elastic_jax.quantize import names, size_bytes, table
 from elastic_jax.quantized_training import QuantizedTraining, quantized_objective
 from elastic_kernels import QuantArray
-from experiments import pipeline
+from experiments import evaluation, ranking, training
 from experiments.settings import ARMS, Plan
+from experiments.workdir import Workdir, bar, console
 
 FILE = "quantization.json"
 REFERENCE = "bf16"  # the arm that the others are measured by
@@ -34,7 +35,7 @@ LOSSES = {"qad": "distillation", "qat": "cross_entropy"}
 
 
 def measure(
-    plan: Plan, workdir: pipeline.Workdir, nested: Any, *, allow_changes: bool
+    plan: Plan, workdir: Workdir, nested: Any, *, allow_changes: bool
 ) -> None:
     """Trains, quantizes and evaluates every seed and arm that is missing.
 
@@ -42,7 +43,7 @@ def measure(
       nested: the permuted parent that elastic training starts from.
     """
     asked = plan.values["quantization"]
-    name = pipeline.identity(plan, plan.stages)
+    name = training.identity(plan, plan.stages)
     given = {k: v for k, v in asked.items() if k not in ("seeds", "arms")}
     name["quantization"] = plain(given, "quantization")
     found = workdir.read(FILE)
@@ -79,20 +80,20 @@ def measure(
     workdir.write(FILE, found)
 
 
-def report(workdir: pipeline.Workdir) -> None:
+def report(workdir: Workdir) -> None:
     """Writes the report from the numbers, where there are any."""
     if (found := workdir.read(FILE)) is not None:
         path = quantization_report.write_quantization_report(workdir.path, found)
-        pipeline.console.print(f"quantization: {path}")
+        console.print(f"quantization: {path}")
 
 
 class Seed:
     """One elastic training, and what its arms start from."""
 
     def __init__(self, plan, workdir, nested, seed: int, allow_changes: bool):
-        self.plan, folder = pipeline.of_seed(plan, seed)
+        self.plan, folder = training.of_seed(plan, seed)
         self.workdir, self.seed, self.allow_changes = workdir, seed, allow_changes
-        state, self.counts, elastic = pipeline.elastic_training(
+        state, self.counts, elastic = training.elastic_training(
             self.plan,
             workdir,
             folder,
@@ -105,8 +106,8 @@ class Seed:
         self.inputs = self._calibrated()
 
     def _calibrated(self) -> InputStatistics:
-        batches = pipeline.read_batches(self.plan)
-        with pipeline.bar("calibration", len(batches)) as advance:
+        batches = ranking.read_batches(self.plan)
+        with bar("calibration", len(batches)) as advance:
             seen = iter(range(1, len(batches) + 1))
             return input_statistics(
                 self.params,
@@ -137,8 +138,8 @@ class Seed:
         rows = []
         for name, counts in self.counts.items():
             small, cfg = opened.restore(name, dtype=jnp.float32)
-            teacher, teacher_cfg = pipeline.sliced(self.plan, self.params, counts)
-            found = pipeline.evaluate(
+            teacher, teacher_cfg = evaluation.sliced(self.plan, self.params, counts)
+            found = evaluation.evaluate(
                 self.plan, small, cfg, teacher, teacher_cfg=teacher_cfg
             )
             row = {
@@ -151,7 +152,7 @@ class Seed:
             }
             rows.append(row | found)
             said = self.plan.task.measure.form(found["value"])
-            pipeline.console.print(f"{name}: {said} {self.plan.task.measure.name}")
+            console.print(f"{name}: {said} {self.plan.task.measure.name}")
         return rows
 
     def _quantized(self, arm: str) -> tuple[Any, list[dict[str, Any]]]:
@@ -182,20 +183,20 @@ class Seed:
     def _trained(self, arm: str, rounding: Mapping[str, Any]) -> Any:
         plan, way, stage = self.plan, ARMS[arm][1], self.plan.quantized_stage
         asked = plan.values["quantization"]
-        training = QuantizedTraining(
+        quantized = QuantizedTraining(
             plan.recipes[arm],
             scales=asked["scales"],
             teacher=asked["teacher"],
             loss=LOSSES[way],
         )
         scales = {k: v for k, v in rounding.items() if k != "frozen"}
-        state, _ = pipeline.run_stages(
+        state, _ = training.run_stages(
             plan,
             self.workdir,
             f"{arm}-{self.seed}",
             (stage,),
             lambda stage, _: quantized_objective(
-                self.elastic, stage, self.counts, training, **scales
+                self.elastic, stage, self.counts, quantized, **scales
             ),
             self.params,
             allow_changes=self.allow_changes,

@@ -28,7 +28,17 @@ import elastic_jax as ej  # noqa: E402
 from elastic_jax import checkpoint, directories, fit, report  # noqa: E402
 from elastic_jax.budgets import not_nested, relative_targets  # noqa: E402
 from elastic_jax.manifest import plain  # noqa: E402
-from experiments import control, pipeline, quantization, settings  # noqa: E402
+from experiments import (  # noqa: E402
+    control,
+    evaluation,
+    latency_budgets,
+    parents,
+    quantization,
+    ranking,
+    settings,
+    training,
+)
+from experiments.workdir import Workdir, console, exit_code  # noqa: E402
 
 # What may change between runs in one workdir: measurements, and no weights they are of.
 MEASURED = ("controls", "control", "quantization")
@@ -47,13 +57,12 @@ def main(_) -> None:
     with directories.locked(workdir):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "jax_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        experiment(plan, pipeline.Workdir(workdir), ALLOW_CHANGES.value)
+        experiment(plan, Workdir(workdir), ALLOW_CHANGES.value)
 
 
-def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> None:
+def experiment(plan: settings.Plan, workdir: Workdir, allow: bool) -> None:
     """Parent, scores, nested training, checkpoint, evaluation, controls, report."""
-    console = pipeline.console
-    name = pipeline.identity(plan, plan.stages)
+    name = training.identity(plan, plan.stages)
     name |= {key: plan.values[key] for key in MEASURED}
     name = plain(name, "identity")
     done, began = workdir.read("results.json"), workdir.read("identity.json")
@@ -73,22 +82,22 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
     by_latency = plan.values["budgets"]["kind"] == "latency_seconds"
     if by_latency:
         with workdir.phase("latency", "latency of every kind of block"):
-            plan = pipeline.measured(plan, workdir)
+            plan = latency_budgets.measured(plan, workdir)
     for line in plan.feasible:
         console.print(line)
     with workdir.phase("parent", "parent"):
-        params, parent = pipeline.parent(plan, workdir, allow_changes=allow)
+        params, parent = parents.parent(plan, workdir, allow_changes=allow)
     with workdir.phase("scores", "importance"):
-        scores, depth = pipeline.scores(plan, workdir, params)
+        scores, depth = ranking.scores(plan, workdir, params)
         specs = ej.param_specs(plan.cfg)
         nested = ej.permute_params(params, specs, ej.rank(scores))
     with workdir.phase("orders", "untrained slices: our order against random ones"):
         orders = workdir.read("orders.json")
         if orders is None:
-            orders = pipeline.orders(plan, params, scores, depth)
+            orders = ranking.orders(plan, params, scores, depth)
             workdir.write("orders.json", orders)
     with workdir.phase("elastic", "elastic training"):
-        state, counts, elastic = pipeline.elastic_training(
+        state, counts, elastic = training.elastic_training(
             plan,
             workdir,
             "elastic",
@@ -98,7 +107,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         )
     path = workdir.path / "checkpoint"
     with workdir.phase("checkpoint", "nested checkpoint"):
-        carried, files = pipeline.companions(plan)
+        carried, files = parents.companions(plan)
         checkpoint.save_nested(
             path,
             state.params,
@@ -118,14 +127,16 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         )
     with workdir.phase("evaluate", "evaluation of restored slices"):
         budgets = _evaluated(plan, path, counts, nested)
-        latency = pipeline.whole_latency(plan, path, counts) if by_latency else None
+        latency = None
+        if by_latency:
+            latency = latency_budgets.whole_latency(plan, path, counts)
     if plan.values["control"]["caps"]:
         with workdir.phase("control", "thinking and answering"):
             control.measure(plan, workdir, nested, allow_changes=allow)
     if plan.values["quantization"]["arms"]:
         quantization.measure(plan, workdir, nested, allow_changes=allow)
     divergence = {
-        "main": pipeline.divergences(
+        "main": evaluation.divergences(
             plan, workdir, "elastic", nested, state.params, counts
         )
     }
@@ -134,16 +145,17 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
         for seed in range(seeds):
             arm = f"random-{seed}"
             shuffled = ej.permute_params(
-                params, specs, pipeline.random_ranks(scores, seed)
+                params, specs, ranking.random_ranks(scores, seed)
             )
-            trained, _, _ = pipeline.elastic_training(
+            trained, _, _ = training.elastic_training(
                 plan, workdir, arm, shuffled, counts=counts, allow_changes=allow
             )
-            divergence[arm] = pipeline.divergences(
+            divergence[arm] = evaluation.divergences(
                 plan, workdir, arm, shuffled, trained.params, counts
             )
             for row in budgets:
-                small, cfg = pipeline.sliced(plan, trained.params, counts[row["name"]])
+                kept = counts[row["name"]]
+                small, cfg = evaluation.sliced(plan, trained.params, kept)
                 row["random_values"].append(plan.task.evaluate(small, cfg)["value"])
     results = {
         "identity": name,
@@ -164,7 +176,7 @@ def experiment(plan: settings.Plan, workdir: pipeline.Workdir, allow: bool) -> N
             axis: [leaf.ravel().tolist() for leaf in jax.tree.leaves(scores[axis])]
             for axis in scores
         },
-        "never_routed": pipeline.never_routed(plan.cfg, scores),
+        "never_routed": ranking.never_routed(plan.cfg, scores),
         "router": {
             "feasible": list(plan.feasible),
             "accept": not_nested(counts, plan.cfg),
@@ -197,8 +209,8 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
     for (name, budget), target in zip(plan.budgets, targets, strict=True):
         kept = counts[name]
         small, cfg = opened.restore(name)
-        untrained, _ = pipeline.sliced(plan, nested, kept)
-        before = pipeline.evaluate(plan, untrained, cfg, nested)
+        untrained, _ = evaluation.sliced(plan, nested, kept)
+        before = evaluation.evaluate(plan, untrained, cfg, nested)
         cost = ej.cost(specs, plan.cfg, counts=kept)
         ratio = budget.ratio(specs, caches, plan.cfg, counts=kept)
         row = {
@@ -213,9 +225,9 @@ def _evaluated(plan, path, counts, nested) -> list[dict]:
             "untrained_kl": before["kl"],
             "random_values": [],
         }
-        rows.append(row | pipeline.evaluate(plan, small, cfg, nested))
+        rows.append(row | evaluation.evaluate(plan, small, cfg, nested))
         said = measure.form(rows[-1]["value"])
-        pipeline.console.print(f"{name}: {said} {measure.name}")
+        console.print(f"{name}: {said} {measure.name}")
     return rows
 
 
@@ -237,7 +249,7 @@ def command_line() -> int:
         settings.check_command_line(sys.argv[1:])
         app.run(main)
 
-    return pipeline.exit_code(checked)
+    return exit_code(checked)
 
 
 if __name__ == "__main__":

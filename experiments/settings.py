@@ -25,7 +25,7 @@ from elastic_jax.curriculum import Stage, check_stages
 from elastic_jax.quantize import formats
 from elastic_jax.quantized_training import SCALES, TEACHERS
 from elastic_kernels import quant_array
-from experiments import parents
+from experiments import imported
 from experiments.sources import SOURCES, Task
 
 CONTROLS = ("none", "one", "full")
@@ -77,7 +77,7 @@ class Plan:
     def parent_files(self) -> dict[str, dict[str, Any]]:
         """Size and digest of every file of an imported parent; read when asked."""
         directory = self.values["parent"]
-        return parents.files(directory) if directory else {}
+        return imported.files(directory) if directory else {}
 
 
 def plan(config: ConfigDict) -> Plan:
@@ -126,7 +126,7 @@ def _planned(config: ConfigDict, problems: list[str]) -> Plan:
     attempt = _Attempt(problems)
 
     if directory := values["parent"]:
-        cfg = attempt(lambda: parents.read_config(directory))
+        cfg = attempt(lambda: imported.read_config(directory))
     else:
         cfg = attempt(lambda: ej.ModelConfig(**values["model"]))
     groups = dict(values["stages"])

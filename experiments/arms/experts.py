@@ -7,7 +7,7 @@ import jax
 
 import elastic_jax as ej
 from elastic_jax.scores import EXPERT_METRICS
-from experiments import pipeline
+from experiments import evaluation, ranking
 from experiments.arms.balance import loads
 from experiments.arms.start import Start
 
@@ -48,7 +48,7 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
 def ranks(start: Start, order: str, seed: int) -> dict[str, Any]:
     """An order of the experts alone; `reversed` is REAP's, worst first."""
     if order == "random":
-        return pipeline.random_ranks(start.scores, seed, "experts")
+        return ranking.random_ranks(start.scores, seed, "experts")
     metric = "reap" if order == "reversed" else order
     scores = start.scores.with_experts(metric)["experts"]
     sign = -1 if order == "reversed" else 1
@@ -57,11 +57,11 @@ def ranks(start: Start, order: str, seed: int) -> dict[str, Any]:
 
 def largest_load(start: Start) -> float:
     """The largest share of a block's choices that falls on one expert."""
-    (batch, *_) = pipeline.read_batches(start.plan)
+    (batch, *_) = ranking.read_batches(start.plan)
     found = loads(start.params, batch["tokens"], batch["segment_ids"], start.plan.cfg)
     return max(float(share.max()) for share in found.values())
 
 
 def _found(start, params, parent, counts):
-    small, cfg = pipeline.sliced(start.plan, params, counts)
-    return pipeline.evaluate(start.plan, small, cfg, parent)
+    small, cfg = evaluation.sliced(start.plan, params, counts)
+    return evaluation.evaluate(start.plan, small, cfg, parent)

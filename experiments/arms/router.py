@@ -5,7 +5,7 @@ from typing import Any
 
 import elastic_jax as ej
 from elastic_jax import fit
-from experiments import pipeline
+from experiments import ranking
 from experiments.arms.start import Start
 
 
@@ -31,7 +31,7 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
             params, _ = start.train(arm, seed, counts=kept)
             yield arm, {"budgets": start.each(params, kept)}
     if "random order" in missing:
-        ranks = pipeline.random_ranks(start.scores, seed)
+        ranks = ranking.random_ranks(start.scores, seed)
         shuffled = start.ordered(ranks)
         params, _ = start.train("random-order", seed, counts=counts, teacher=shuffled)
         yield "random order", {"budgets": start.each(params, counts)}

@@ -17,9 +17,10 @@ from elastic_jax import objectives
 from elastic_jax.curriculum import Stage
 from elastic_jax.elastic import settled_counts
 from elastic_jax.scores import Scores
-from experiments import pipeline
+from experiments import evaluation, parents, ranking, training
 from experiments.arms.balance import balanced_objective
 from experiments.settings import Plan
+from experiments.workdir import Workdir
 
 # All that a parent and its scores depend on.
 OF_PARENT = (
@@ -47,7 +48,7 @@ class Start:
         self.root, self.claim = root, claim
         self.asked: Mapping[str, Any] = plan.values["claim"]
         trained_in = self.asked.get("trained_in", claim)
-        self.workdir = pipeline.Workdir(root / "trained" / trained_in)
+        self.workdir = Workdir(root / "trained" / trained_in)
         self.specs = ej.param_specs(plan.cfg)
         self._balanced = balanced
 
@@ -71,17 +72,17 @@ class Start:
         plan = dataclasses.replace(self.plan, values=values)
         kind = "balanced-" if self._balanced else ""
         folder = f"{kind}{self.plan.cfg.pattern.replace('*', 'A')}-{digest}"
-        workdir = pipeline.Workdir(self.root / "parents" / folder)
+        workdir = Workdir(self.root / "parents" / folder)
         balanced = balanced_objective, objectives.language_objective
         with workdir.phase("parent", f"parent {folder}"):
-            params, facts = pipeline.parent(
+            params, facts = parents.parent(
                 plan,
                 workdir,
                 allow_changes=False,
                 objective=balanced[not self._balanced],
             )
         with workdir.phase("scores", "importance"):
-            found, depth = pipeline.scores(plan, workdir, params)
+            found, depth = ranking.scores(plan, workdir, params)
         return params, facts, found, depth
 
     @property
@@ -110,9 +111,9 @@ class Start:
     @functools.cached_property
     def router(self) -> tuple[Any, Any, dict[str, ej.Counts]]:
         """A router that met the budgets without any model: it, weights and counts."""
-        elastic = pipeline.elastic_parent(self.plan, None)
+        elastic = training.elastic_parent(self.plan, None)
         steps = self.plan.values["router"]["fit_first"]
-        learned = pipeline.first_router(self.plan, elastic, steps)
+        learned = training.first_router(self.plan, elastic, steps)
         return elastic.router, learned, settled_counts(elastic, learned)
 
     @property
@@ -138,10 +139,10 @@ class Start:
           teacher: None is the nested parent.
           begin: the first weights; None are the teacher's.
         """
-        plan, _ = pipeline.of_seed(self.plan, seed)
+        plan, _ = training.of_seed(self.plan, seed)
         if stages is not None:
             plan = dataclasses.replace(plan, stages=tuple(stages))
-        state, settled, _ = pipeline.elastic_training(
+        state, settled, _ = training.elastic_training(
             plan,
             self.workdir,
             f"{arm}-{seed}",
@@ -153,7 +154,7 @@ class Start:
 
     def judged(self, params: Any, counts: ej.Counts | None) -> dict[str, Any]:
         """A slice's answers, and what it costs."""
-        small, cfg = pipeline.sliced(
+        small, cfg = evaluation.sliced(
             self.plan, params, counts or ej.counts(self.plan.cfg)
         )
         cost = ej.cost(self.specs, self.plan.cfg, counts=counts)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import elastic_jax as ej
-from elastic_jax import verdicts
+from elastic_jax import fit, train, verdicts
 from elastic_jax.claims import CLAIMS
 from elastic_jax.curriculum import Stage
-from experiments import claims, pipeline
+from experiments import claims, evaluation
 from experiments.arms import balance, between, depth, memory, nested, router
 from experiments.arms.start import Start, reweighted
 
@@ -179,7 +179,7 @@ def test_balancing_moves_tokens_to_idle_experts():
     stage = Stage(
         name="parent", context=96, batch=4, micro_batch=4, learning_rate=0.02, steps=40
     )
-    batches = pipeline.calibration_batches(plan, 4)
+    batches = evaluation.calibration_batches(plan, 4)
     rows = {k: v[:4] for k, v in batches[0].items()}
     params = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), cfg)
     bias = jnp.where(jnp.arange(cfg.experts) < 2, 0.5, 0.0)
@@ -188,8 +188,8 @@ def test_balancing_moves_tokens_to_idle_experts():
         for layer in params["layers"]
     )
     params = params | {"layers": layers}
-    optimizer = pipeline.train.optimizer(ej.param_specs(cfg))
-    state = pipeline.train.init_state(params, optimizer)
+    optimizer = train.optimizer(ej.param_specs(cfg))
+    state = train.init_state(params, optimizer)
     objective = balance.balanced_objective(cfg, stage)
     seen = lambda params: balance.loads(
         params, rows["tokens"], rows["segment_ids"], cfg
@@ -199,7 +199,7 @@ def test_balancing_moves_tokens_to_idle_experts():
     rates = {"rate/params": 0.02, "rate/router": 0.0}
     for step in range(stage.steps):
         gradients, _ = objective.gradients(state, rows, step)
-        state, _ = pipeline.train.update(optimizer, state, gradients, rates, True)
+        state, _ = train.update(optimizer, state, gradients, rates, True)
     (after,) = seen(state.params).values()
     assert float(after.max()) < 0.5 * float(before.max())
 
@@ -207,7 +207,7 @@ def test_balancing_moves_tokens_to_idle_experts():
 def test_choices_are_read_from_what_training_logged(tmp_path):
     start = Start(claims.plan("router", smoke=True), tmp_path, "router")
     folder = start.workdir.path / "learned-0"
-    log = pipeline.fit.MetricLog(folder / "metrics")
+    log = fit.MetricLog(folder / "metrics")
     for step in (1, 2):
         log.write(
             step,

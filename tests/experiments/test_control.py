@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from elastic_jax import fit
-from experiments import control, pipeline, settings
+from experiments import control, settings
 from experiments.configs import budget_control
+from experiments.workdir import Failed, Workdir
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_a_seed_that_was_measured_is_not_measured_again(
 ):
     """Without any weights, the workdir still tells what they were measured to do."""
     shutil.copy(control_workdir / "control.json", tmp_path)
-    control.measure(plan, pipeline.Workdir(tmp_path), None, allow_changes=False)
+    control.measure(plan, Workdir(tmp_path), None, allow_changes=False)
     assert json.loads((tmp_path / "control.json").read_text()) == found
 
 
 def test_missing_weights_are_named(plan, tmp_path):
-    with pytest.raises(pipeline.Failed, match="elastic-long is missing.*--workdir"):
-        control.measure(plan, pipeline.Workdir(tmp_path), None, allow_changes=False)
+    with pytest.raises(Failed, match="elastic-long is missing.*--workdir"):
+        control.measure(plan, Workdir(tmp_path), None, allow_changes=False)

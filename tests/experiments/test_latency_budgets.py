@@ -9,8 +9,9 @@ import elastic_jax as ej
 from elastic_jax import latency
 from elastic_jax.latency_grid import ENDS, PHASES, Grid, axes_of
 from elastic_jax.latency_table import FIXED, LatencyTable
-from experiments import pipeline, settings
+from experiments import latency_budgets, settings, training
 from experiments.configs import tiny
+from experiments.workdir import Workdir
 
 
 def config(**changes):
@@ -59,8 +60,8 @@ def measured(monkeypatch):
 def test_a_table_is_measured_once_and_read_back(measured, tmp_path):
     planned = settings.plan(config())
     assert planned.feasible == () and planned.budgets[1][1].latency is None
-    first = pipeline.measured(planned, pipeline.Workdir(tmp_path))
-    again = pipeline.measured(planned, pipeline.Workdir(tmp_path))
+    first = latency_budgets.measured(planned, Workdir(tmp_path))
+    again = latency_budgets.measured(planned, Workdir(tmp_path))
     assert len(measured) == 1 and measured[0]["phases"] == PHASES
     assert (first.budgets, first.elastic) == (again.budgets, again.elastic)
     assert any("combinations in its zone" in line for line in first.feasible)
@@ -68,26 +69,26 @@ def test_a_table_is_measured_once_and_read_back(measured, tmp_path):
     assert first.budgets[0][1].latency == table
     assert (table.prompt, table.context) == (64, 128)
     # What is measured is not part of what a run is; what was asked for is.
-    names = [pipeline.identity(plan, plan.stages) for plan in (planned, first)]
+    names = [training.identity(plan, plan.stages) for plan in (planned, first)]
     assert names[0] == names[1] and names[0]["config"]["latency"]["prompt"] == 64
 
 
 def test_a_table_of_other_settings_is_refused(measured, tmp_path):
-    workdir = pipeline.Workdir(tmp_path)
-    pipeline.measured(settings.plan(config()), workdir)
+    workdir = Workdir(tmp_path)
+    latency_budgets.measured(settings.plan(config()), workdir)
     with pytest.raises(ValueError, match="latency.json is not of .*'prompt': 32"):
-        pipeline.measured(settings.plan(config(prompt=32)), workdir)
+        latency_budgets.measured(settings.plan(config(prompt=32)), workdir)
     other = config()
     other.elastic.embed = (96, 16)
     with pytest.raises(ValueError, match="embed: 16 in .*measured at 48 to 96"):
-        pipeline.measured(settings.plan(other), workdir)
+        latency_budgets.measured(settings.plan(other), workdir)
 
 
 def test_budgets_that_the_table_makes_impossible_are_refused(measured, tmp_path):
     impossible = config(phase="decode")
     impossible.when_smoke.budgets.targets = (1.0, 0.01)
     with pytest.raises(ValueError, match="impossible budgets:\n  small: none of"):
-        pipeline.measured(settings.plan(impossible), pipeline.Workdir(tmp_path))
+        latency_budgets.measured(settings.plan(impossible), Workdir(tmp_path))
     assert measured[0]["phases"] == ("decode",)
 
 
@@ -102,7 +103,7 @@ def test_targets_in_seconds_name_their_kind():
 
 
 def test_predicted_stands_beside_measured(measured, monkeypatch, tmp_path):
-    planned = pipeline.measured(settings.plan(config()), pipeline.Workdir(tmp_path))
+    planned = latency_budgets.measured(settings.plan(config()), Workdir(tmp_path))
     counts = {"full": ej.counts(planned.cfg), "small": ej.counts(planned.cfg, embed=48)}
     took = {name: {"prefill": 2e-3, "decode": 1e-3} for name in counts}
     monkeypatch.setattr(latency, "measure_models", lambda models, **_: took)
@@ -112,7 +113,7 @@ def test_predicted_stands_beside_measured(measured, monkeypatch, tmp_path):
         restore = staticmethod(lambda name: None)
 
     monkeypatch.setattr(ej, "open_nested", lambda path: Opened())
-    found = pipeline.whole_latency(planned, tmp_path, counts)
+    found = latency_budgets.whole_latency(planned, tmp_path, counts)
     rows = {row.pop("name"): row for row in found["budgets"]}
     for name, budget in planned.budgets:
         specs = ej.param_specs(planned.cfg)

@@ -8,8 +8,9 @@ import pytest
 
 import elastic_jax as ej
 from elastic_jax import fit
-from experiments import parents, pipeline, settings
+from experiments import parents, settings, training
 from experiments.configs import tiny
+from experiments.workdir import Workdir
 
 CFG = ej.presets.tiny("M*E")
 
@@ -21,7 +22,7 @@ def imported(tmp_path, monkeypatch):
     (folder / "sub").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "sub/more.txt", ".downloaded"):
         (folder / name).write_text(name)
-    monkeypatch.setattr(parents, "read_config", lambda _: CFG)
+    monkeypatch.setattr("experiments.imported.read_config", lambda _: CFG)
 
     def plan():
         config = tiny.get_config()
@@ -41,14 +42,14 @@ def test_the_model_is_the_imported_one(imported):
 
 def test_its_files_are_named_by_digest(imported):
     folder, plan = imported
-    before = pipeline.identity(plan(), plan().stages)
+    before = training.identity(plan(), plan().stages)
     assert set(before["parent"]) == {"config.json", "model.safetensors", "sub/more.txt"}
     digest = hashlib.sha256(b"model.safetensors").hexdigest()
     assert before["parent"]["model.safetensors"]["sha256"] == digest
-    assert before == pipeline.identity(plan(), plan().stages)
+    assert before == training.identity(plan(), plan().stages)
 
     (folder / "model.safetensors").write_text("other weights")
-    (changed, size) = fit.differences(before, pipeline.identity(plan(), plan().stages))
+    (changed, size) = fit.differences(before, training.identity(plan(), plan().stages))
     assert changed.startswith("parent.model.safetensors.sha256: was")
     assert size.startswith("parent.model.safetensors.size_bytes: was")
 
@@ -56,9 +57,10 @@ def test_its_files_are_named_by_digest(imported):
 def test_it_is_loaded_and_judged_and_not_trained(imported, tmp_path, monkeypatch):
     folder, plan = imported
     weights = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), CFG)
-    monkeypatch.setattr(parents, "load", lambda given: {str(folder): weights}[given])
-    workdir = pipeline.Workdir(tmp_path / "run")
-    params, facts = pipeline.parent(plan(), workdir, allow_changes=False)
+    load = {str(folder): weights}.__getitem__
+    monkeypatch.setattr("experiments.imported.load", load)
+    workdir = Workdir(tmp_path / "run")
+    params, facts = parents.parent(plan(), workdir, allow_changes=False)
     assert params is weights
     assert facts["imported"] == str(folder) and 0 <= facts["value"] <= 1
     assert "floor" not in facts and not (workdir.path / "parent").exists()

@@ -11,8 +11,9 @@ import pytest
 import elastic_jax as ej
 from elastic_jax.quantize import formats
 from elastic_kernels import QuantArray
-from experiments import pipeline, quantization, settings
+from experiments import quantization, settings
 from experiments.configs import qad, tiny
+from experiments.workdir import Workdir
 
 FLAGS = (
     "--config.quantization.arms=('nvfp4_qad',)",
@@ -89,7 +90,7 @@ def test_what_is_measured_is_not_measured_again(run):
         name, _, text = flag.removeprefix("--config.").partition("=")
         assert not list(settings._override(config, name, text))
     plan, before = settings.plan(config), (workdir / "quantization.json").read_bytes()
-    quantization.measure(plan, pipeline.Workdir(workdir), None, allow_changes=False)
+    quantization.measure(plan, Workdir(workdir), None, allow_changes=False)
     assert (workdir / "quantization.json").read_bytes() == before
 
 

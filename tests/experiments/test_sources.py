@@ -15,7 +15,8 @@ from elastic_jax import fit
 from elastic_jax.corpus import read_corpus
 from elastic_jax.data import batches
 from elastic_jax.packing import Rows
-from experiments import pipeline, run, settings, sources
+from experiments import parents, run, settings, sources, training
+from experiments.workdir import Workdir
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
 CFG = ej.ModelConfig(**{**ej.presets.tiny("M").to_dict(), "vocab": 259})
@@ -136,10 +137,10 @@ def test_a_changed_file_is_named_before_anything_runs(folder, tmp_path, change):
 
     def experiment():
         plan = settings.plan(configured(**both(folder)))
-        run.experiment(plan, pipeline.Workdir(tmp_path / "run"), allow=False)
+        run.experiment(plan, Workdir(tmp_path / "run"), allow=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "parent", begin)
+        patch.setattr(parents, "parent", begin)
         for _ in range(2):  # begun, and continued with the same files
             with pytest.raises(Began):
                 experiment()
@@ -157,7 +158,7 @@ def test_files_in_another_order_are_another_run(folder):
         settings.plan(configured(**given | {"files": files, "weights": (1.0, 1.0)}))
         for files in (given["files"], given["files"][::-1])
     ]
-    one, other = (pipeline.identity(plan, plan.stages) for plan in plans)
+    one, other = (training.identity(plan, plan.stages) for plan in plans)
     named = "\n".join(fit.differences(one, other))
     last = folder / "39.txt"
     assert f"files.{folder / 'lines.jsonl'}.after: was '{last}', is ''" in named

@@ -1,4 +1,4 @@
-"""Phases of an experiment, with stages that the configurations do not have."""
+"""Training stages of an experiment that the configurations do not have."""
 
 import dataclasses
 import shutil
@@ -10,8 +10,9 @@ import pytest
 import elastic_jax as ej
 from elastic_jax import fit
 from elastic_jax.curriculum import Stage
-from experiments import pipeline, settings
+from experiments import settings, training
 from experiments.configs import base, tiny
+from experiments.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_a_stage_of_mixed_prefixes_is_planned_trained_and_resumed(plan, tmp_path
     start = jax.jit(ej.init_params, static_argnums=1)(jax.random.key(0), plan.cfg)
 
     def train(folder):
-        state, settled, _ = pipeline.elastic_training(
-            plan, pipeline.Workdir(folder), "elastic", start, counts=counts
+        state, settled, _ = training.elastic_training(
+            plan, Workdir(folder), "elastic", start, counts=counts
         )
         assert settled == counts
         rows = fit.MetricLog(folder / "elastic" / "metrics").rows()
