@@ -60,9 +60,7 @@ def passes(
     return prompt - 1 + thought, again + answer
 
 
-def measure(
-    plan: Plan, workdir: Workdir, nested: Any, *, allow_changes: bool
-) -> None:
+def measure(plan: Plan, workdir: Workdir, nested: Any, *, allow_changes: bool) -> None:
     """Sweeps every seed, trains those that are missing, and writes the report.
 
     A seed that `control.json` holds is not measured again.
