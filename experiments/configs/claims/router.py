@@ -41,8 +41,10 @@ def get_config():
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},
+            # What the router met before training, three steps do not change.
+            "elastic": {"heads_per_group": (8, 4), "expert_ffn": (64, 48, 32)},
             "stages": {
-                "short": dict(base.SMOKE_STAGE),
+                "short": base.SMOKE_STAGE | {"router_learning_rate": 1e-5},
                 "long": dict(base.SMOKE_STAGE),
             },
         }
