@@ -46,6 +46,7 @@ class Claim:
       title, statement: what is claimed.
       published: the figures behind it, with their source.
       scope: what this measurement does not say.
+      tried: how its sizes were chosen, and what was tried where an effect did not come.
       unit: of the cells.
       axis: what the cells are.
       findings, cells: of the claim's rows.
@@ -55,6 +56,7 @@ class Claim:
     statement: str
     published: str
     scope: str
+    tried: str
     unit: str
     axis: str
     findings: Callable[[Rows], Iterator[Finding]]

@@ -16,6 +16,7 @@ CLAIMS = {  # the cheap ones first
         "31.4 in FP8 and 18.7 in NVFP4 (Star Elastic; the unit is GiB).",
         "The toy's bytes are of files, chunks and metadata included; Nano's are "
         "computed from its shapes. All are shares of the separate checkpoints in BF16.",
+        "",
         "percent",
         "bytes, of the separate checkpoints in BF16",
         compression.memory,
@@ -28,6 +29,7 @@ CLAIMS = {  # the cheap ones first
         "pretraining each (Star Elastic).",
         f"{TOY} Work counts active parameters times tokens, a backward pass as two; "
         "the full size is distilled separately too.",
+        "",
         "percent",
         ANSWERS,
         training.nested,
@@ -38,6 +40,7 @@ CLAIMS = {  # the cheap ones first
         "What lies between trained budgets can be cut too.",
         "None: the published method extracts trained budgets only (Nemotron Elastic).",
         f"{TOY} The models are those of the claim before.",
+        "",
         "percent",
         ANSWERS,
         training.between,
@@ -49,6 +52,7 @@ CLAIMS = {  # the cheap ones first
         "No comparison with fixed shapes at equal size was found.",
         f"{TOY} A fixed shape trains slices from the start, the router's arm only "
         "after its stage of soft masks; both take as many steps.",
+        "",
         "percent",
         ANSWERS,
         training.router,
@@ -61,6 +65,7 @@ CLAIMS = {  # the cheap ones first
         "75.8; weights that favour the full model give the 12B 3.5 points more than "
         "uniform ones (Nemotron Elastic).",
         f"{TOY} All arms go on from the same weights with fresh optimiser states.",
+        "",
         "percent",
         ANSWERS,
         training.stages,
@@ -71,6 +76,7 @@ CLAIMS = {  # the cheap ones first
         "REAP ranks experts better than chance.",
         "REAP is the published order; no ablation of it was found (Star Elastic).",
         f"{TOY} The lower the better. Half of 8 experts are kept, other axes whole.",
+        "",
         "nats",
         "KL from the parent, nats per token",
         compression.experts,
@@ -83,6 +89,7 @@ CLAIMS = {  # the cheap ones first
         "97.79% after nested QAD (Star Elastic).",
         f"{TOY} Everything that enters a product is rounded, which the released models "
         "do not do.",
+        "",
         "percent",
         ANSWERS,
         compression.quantization,
@@ -95,6 +102,7 @@ CLAIMS = {  # the cheap ones first
         "30B; transplanted caches cost 0.75 points on GSM8K (Star Elastic).",
         f"{TOY} Here answers are made the harder part, and the small model has 31% of "
         "the active parameters. Latency is of two cores.",
+        "",
         "percent",
         ANSWERS,
         control.control,
@@ -106,6 +114,7 @@ CLAIMS = {  # the cheap ones first
         "With 15% fewer parameters and 25B tokens, width keeps 98.1% of the baseline, "
         "depth 95.2% (Star Elastic).",
         f"{TOY} Parents of 6 and of 12 blocks; reported only.",
+        "",
         "percent",
         ANSWERS,
         compression.depth,
