@@ -16,7 +16,7 @@ def get_config():
     config.claim = {"seeds": 3}
     config.save_every = 500
     config.parent_training.steps = 900
-    for name, steps in {"short": 60, "long": 60, "mixed": 60}.items():
+    for name, steps in {"short": 60, "long": 60, "mixed": 80}.items():
         config.stages[name].update({"steps": steps})
     config.control.update(
         {"caps": (18, 31), "stages": ("long", "mixed"), "problems": 256}
