@@ -77,3 +77,23 @@ def answers(rows: Rows) -> Iterator[Cell]:
     for budget in budgets_of(rows):
         for arm in arms_of(rows):
             yield Cell(budget, arm, accuracy(right(rows, arm, budget)))
+
+
+def longest(rows: Rows) -> tuple[Callable[[int], bool], str]:
+    """Which problems are in the longest third, and how that is called."""
+    asked = rows[0]["evaluation"]
+    low, high = asked["min_steps"], asked["max_steps"]
+    first = high - max(1, (high - low + 1) // 3) + 1
+    span = f"{first} to {high}" if first < high else f"{high}"
+    return lambda n: n >= first, f"{span} steps"
+
+
+def answers_by_length(rows: Rows) -> Iterator[Cell]:
+    """The same, of the longest third of the problems and of the others."""
+    is_long, called = longest(rows)
+    bins = {"shorter": lambda n: not is_long(n), called: is_long}
+    for name, steps in bins.items():
+        for budget in budgets_of(rows):
+            for arm in arms_of(rows):
+                found = accuracy(right(rows, arm, budget, steps))
+                yield Cell(f"{budget}, {name}", arm, found)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from elastic_jax import fronts
-from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of, budgets_of
+from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of, budgets_of, longest
 from elastic_jax.verdicts import (
     Estimate,
     Finding,
@@ -62,21 +62,22 @@ def bytes(rows: Rows) -> Iterator[Cell]:
 
 
 def quantization(rows: Rows) -> Iterator[Finding]:
-    budgets = budgets_of(rows)
+    """Of the longest problems, where every step can go wrong."""
+    budgets, (is_long, called) = budgets_of(rows), longest(rows)
+    at = lambda arm, budget: right(rows, arm, budget, is_long)
     least = {"fp8_ptq": True, "nvfp4_ptq": False, "nvfp4_qad": True, "nvfp4_qat": True}
     for arm, floor in least.items():
-        each = (right(rows, name, budgets[0]) for name in (arm, "bf16"))
         yield Finding(
-            f"`{budgets[0]}` of {_arm(arm)} / of BF16",
-            ratio(*each),
+            f"`{budgets[0]}` of {_arm(arm)} / of BF16, {called}",
+            ratio(at(arm, budgets[0]), at("bf16", budgets[0])),
             ASKED.get(arm),
             least=floor,
             unit="percent",
         )
     for budget in budgets[1:]:
-        each = (right(rows, a, budget) for a in ("nvfp4_qad", "nvfp4_ptq", "bf16"))
+        each = (at(arm, budget) for arm in ("nvfp4_qad", "nvfp4_ptq", "bf16"))
         yield Finding(
-            f"gap that QAD closed at `{budget}`",
+            f"gap that QAD closed at `{budget}`, {called}",
             closed(*each),
             ASKED["gap closed"],
             unit="percent",

@@ -1,7 +1,7 @@
 """The claims of the method in words: what was published, what a toy can say of it."""
 
 from elastic_jax.claims import compression, control, training
-from elastic_jax.claims.claim import Claim, answers
+from elastic_jax.claims.claim import Claim, answers, answers_by_length
 
 TOY = (
     "A hybrid of 389 thousand parameters on generated arithmetic; seeds are of nested "
@@ -69,7 +69,7 @@ CLAIMS = {  # the cheap ones first
         "percent",
         ANSWERS,
         training.stages,
-        training.by_length,
+        answers_by_length,
     ),
     "experts": Claim(
         "Orders of experts",
@@ -93,7 +93,7 @@ CLAIMS = {  # the cheap ones first
         "percent",
         ANSWERS,
         compression.quantization,
-        answers,
+        answers_by_length,
     ),
     "control": Claim(
         "Who thinks and who answers",

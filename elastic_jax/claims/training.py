@@ -3,7 +3,15 @@
 import statistics
 from collections.abc import Callable, Iterator
 
-from elastic_jax.claims.claim import ASKED, ZONE, Cell, Rows, arms_of, budgets_of
+from elastic_jax.claims.claim import (
+    ASKED,
+    ZONE,
+    Cell,
+    Rows,
+    arms_of,
+    budgets_of,
+    longest,
+)
 from elastic_jax.verdicts import (
     Finding,
     Row,
@@ -119,17 +127,8 @@ def _unchanged(choices) -> bool:
 CONTROL = "more"  # as many tokens, all of short problems
 
 
-def _is_long(rows: Rows) -> tuple[Callable[[int], bool], str]:
-    """Which problems are in the longest third, and how that is called."""
-    asked = rows[0]["evaluation"]
-    low, high = asked["min_steps"], asked["max_steps"]
-    first = high - (high - low + 1) // 3 + 1
-    first = min(first, high)
-    return lambda n: n >= first, f"{first} to {high} steps"
-
-
 def stages(rows: Rows) -> Iterator[Finding]:
-    is_long, called = _is_long(rows)
+    is_long, called = longest(rows)
     for arm in ("uniform", "weighted"):
         for budget in budgets_of(rows):
             each = (right(rows, name, budget, is_long) for name in (arm, CONTROL))
@@ -149,16 +148,6 @@ def stages(rows: Rows) -> Iterator[Finding]:
             f"more short ones minus the short stage, {called}, `{budget}`",
             difference(*each),
         )
-
-
-def by_length(rows: Rows) -> Iterator[Cell]:
-    is_long, called = _is_long(rows)
-    bins = {"shorter": lambda n: not is_long(n), called: is_long}
-    for name, steps in bins.items():
-        for budget in budgets_of(rows):
-            for arm in arms_of(rows):
-                found = accuracy(right(rows, arm, budget, steps))
-                yield Cell(f"{budget}, {name}", arm, found)
 
 
 # ------------------------------------------------------------------------- between
