@@ -6,7 +6,7 @@ import pytest
 
 from elastic_jax import claims
 
-EVALUATION = {"problems": 700, "min_steps": 2, "max_steps": 8}
+EVALUATION = {"problems": 1400, "min_steps": 2, "max_steps": 8}
 PROBLEMS = range(EVALUATION["problems"])
 
 
