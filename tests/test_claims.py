@@ -59,7 +59,7 @@ def test_nested(true):
     expected = "shown" if true else "refuted"
     assert only(found, "a third") == expected
     assert only(found, "its parent") == expected
-    assert only(found, "training work") == expected
+    assert only(found, "training work of nested") == expected
     assert only(found, "separate, all, at") == "measured only"
 
 

@@ -44,15 +44,15 @@ def nested(rows: Rows) -> Iterator[Finding]:
         ASKED["full under its parent"],
     )
     work = {row["arm"]: row["found"]["work"] for row in rows if "work" in row["found"]}
-    whole = work.get("separate, all")
-    share = work["nested"] / whole if whole and "nested" in work else None
-    yield Finding(
-        "training work of the family / of separate distillations, teacher included",
-        exactly(share),
-        ASKED["work of a family"],
-        least=False,
-        unit="ratio",
-    )
+    if whole := work.pop("separate, all", None):
+        for arm, spent in work.items():
+            yield Finding(
+                f"training work of {arm} / of separate, all, teachers included",
+                exactly(spent / whole),
+                ASKED["work of a family"] if arm == "nested" else None,
+                least=False,
+                unit="ratio",
+            )
 
 
 def _repeated(rows: Rows, arm: str, budget: str):
