@@ -228,7 +228,10 @@ def test_between_is_measured_against_the_line():
         trained = {"full": one(100, 1.0, seed), "small": one(50, 0.0, seed)}
         others = {f"size {n}": one(n, 0.2, seed) for n in range(60, 92, 2)}
         rows.append(row("between", seed, {"budgets": trained, "between": others}))
-    many, apart = claims.CLAIMS["between"].findings(rows)
+    for each in rows:
+        each["found"]["between"]["size 60"]["from_router"] = True
+    many, apart, own = claims.CLAIMS["between"].findings(rows)
+    assert own.found.value == pytest.approx(0.2 - 0.2, abs=0.05)
     assert many.verdict == "shown" and many.found.value == 16
     assert apart.found.value == pytest.approx(0.2 - 0.5, abs=0.03)
     few = [row("between", 0, rows[0]["found"] | {"between": {"a": one(70, 0.5, 0)}})]

@@ -59,8 +59,9 @@ CLAIMS = {  # the cheap ones first
         ),
         scope=(
             f"{TOY} The models are those of the claim before. A router that has "
-            "learned is sure: of a blend of two budgets the mean count of every axis "
-            "is taken."
+            "learned is sure: its answer to a blend of two budgets is the mean count "
+            "of every axis. There are few such answers; other sizes between the same "
+            "neighbours fill up."
         ),
         tried="",
         unit="percent",

@@ -161,14 +161,21 @@ def between(rows: Rows) -> Iterator[Finding]:
         ASKED["sizes between"],
         unit="count",
     )
-    apart = []
-    for row in rows:
-        line = _line(row)
-        each = row["found"]["between"].values()
-        apart.append(
-            statistics.fmean(e["value"] - line(e["active_params"]) for e in each)
+    whose = {"": lambda e: True, ", the router's sizes alone": _from_router}
+    for called, chosen in whose.items():
+        apart = []
+        for row in rows:
+            line, each = _line(row), row["found"]["between"].values()
+            over = [e["value"] - line(e["active_params"]) for e in each if chosen(e)]
+            apart += [statistics.fmean(over)] if over else []
+        yield Finding(
+            f"accuracy minus the line through trained ones{called}", of_seeds(apart)
         )
-    yield Finding("accuracy minus the line through trained ones", of_seeds(apart))
+
+
+def _from_router(each: Row) -> bool:
+    """Whether a size is the router's answer to a blend; others only lie between."""
+    return each.get("from_router", False)
 
 
 def _line(row: Row) -> Callable[[float], float]:
@@ -186,22 +193,22 @@ def _line(row: Row) -> Callable[[float], float]:
 
 
 def sizes(rows: Rows) -> Iterator[Cell]:
-    full = max(
-        e["active_params"] for row in rows for e in row["found"]["budgets"].values()
-    )
-    for part, called in (("budgets", "trained"), ("between", "never trained")):
-        params = {
-            name: each["active_params"]
+    """By active parameters, largest first; what was trained and what was not."""
+    called = {"budgets": "trained", "between": "never trained"}
+    params = {
+        (part, name): each["active_params"]
+        for row in rows
+        for part in called
+        for name, each in row["found"][part].items()
+    }
+    full = max(params.values())
+    for (part, name), n in sorted(params.items(), key=lambda item: -item[1]):
+        marks = {
+            row["seed"]: [float(m) for m in row["found"][part][name]["right"]]
             for row in rows
-            for name, each in row["found"][part].items()
         }
-        for name, n in sorted(params.items(), key=lambda item: -item[1]):
-            marks = {
-                row["seed"]: [float(m) for m in row["found"][part][name]["right"]]
-                for row in rows
-            }
-            share = n / full
-            yield Cell(f"{share:.1%} ({name})", called, accuracy(marks), share)
-            if part == "between":
-                on = of_seeds([_line(row)(n) for row in rows])
-                yield Cell(f"{share:.1%} ({name})", "the line", on, share)
+        group, share = f"{n / full:.1%} ({name})", n / full
+        yield Cell(group, called[part], accuracy(marks), share)
+        if part == "between":
+            on = of_seeds([_line(row)(n) for row in rows])
+            yield Cell(group, "the line", on, share)

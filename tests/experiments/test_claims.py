@@ -120,8 +120,14 @@ def test_what_takes_no_training_is_measured(tmp_path):
 
 def test_sizes_lie_between_neighbours_and_are_new(tmp_path):
     start = Start(claims.plan("between"), tmp_path, "between")
-    sizes, trained = between.sizes_between(start, 16), list(start.counts.values())
+    answered, filled = between.sizes_between(start, 16)
+    sizes, trained = answered + filled, list(start.counts.values())
+    assert 4 <= len(answered) < 16
+    assert between.sizes_between(start, 4)[1] == []
     assert len({tuple(sorted(c.items())) for c in sizes}) == 16
+    cost = lambda c: ej.cost(start.specs, start.plan.cfg, counts=c).active_params
+    costs = sorted(map(cost, trained))
+    assert all(costs[0] < cost(c) < costs[-1] for c in sizes)
     for counts in sizes:
         assert counts not in trained
         assert any(
