@@ -17,14 +17,17 @@ def get_config():
     config.stages.short.update({"steps": 100, "batch": 32, "micro_batch": 16})
     config.stages.short.max_steps = 6
     config.stages.long.update({"steps": 60, "context": 96, "sampling": ()})
+    # One combination alone meets the small target: all seeds have the same sizes, and
+    # what was compiled for one serves the others.
     config.elastic.update(
         {
-            "heads_per_group": (8, 7, 6, 5, 4),
-            "expert_ffn": (64, 48, 32, 16),
-            "shared_ffn": (64, 48, 32, 16),
+            "embed": (96, 80),
+            "heads_per_group": (8, 6),
+            "expert_ffn": (64, 48),
+            "shared_ffn": (64, 32),
         }
     )
-    config.budgets.targets = (1.0, 0.78, 0.58)
+    config.budgets.update({"names": ("full", "small"), "targets": (1.0, 0.65)})
     config.evaluation.update({"examples": 1600, "min_steps": 7, "context": 96})
     config.quantization.update(
         {
@@ -43,6 +46,7 @@ def get_config():
             },
             "quantization": {"stage": dict(base.SMOKE_STAGE)},
             "claim": {"qat_seeds": 1},
+            "budgets": {"targets": (1.0, 0.65)},
         }
     )
     return config
