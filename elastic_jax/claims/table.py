@@ -173,7 +173,10 @@ CLAIMS = {  # the cheap ones first
             "With 15% fewer parameters and 25B tokens, width keeps 98.1% of the "
             "baseline, depth 95.2% (Star Elastic)."
         ),
-        scope=f"{TOY} Parents of 6 and of 12 blocks; reported only.",
+        scope=(
+            f"{TOY} That is the shallow one, of 6 blocks; the deep one has 12 and about "
+            "twice the parameters. Reported only."
+        ),
         tried="",
         unit="percent",
         axis=ANSWERS,
