@@ -214,22 +214,38 @@ def _origin(command: str, rows: Sequence[Mapping]) -> str:
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     versions = {f"{n} {v}" for row in rows for n, v in row["versions"].items()}
     devices = sorted({row["device"] for row in rows})
-    asked = rows[0]["evaluation"]
-    problems = ", ".join(f"{key} {value}" for key, value in asked.items())
+    asked, judged = rows[0]["evaluation"], ""
+    if problems := sorted({*_problems(rows)}):
+        judged = (
+            f"; {listed(map(str, problems))} problems of {asked['min_steps']} to "
+            f"{asked['max_steps']} steps"
+        )
     return (
         f"`{command}`: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit "
         f"{listed(commits)}, {listed(devices)}, {listed(sorted(versions))}; "
         f"{len(rows)} lines, {_spent(rows)} in all, with the parent where it was "
-        f"not there yet; evaluation: {problems}."
+        f"not there yet{judged}."
     )
+
+
+def _problems(found: Any) -> Iterator[int]:
+    """How many problems each model of rows was judged by."""
+    if isinstance(found, Mapping):
+        if "right" in found:
+            yield len(found["right"])
+        found = list(found.values())
+    if isinstance(found, list):
+        for each in found:
+            yield from _problems(each)
 
 
 def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
     """Groups side by side, or at their place on an axis, one colour per series."""
     cells = [cell for cell in claim.cells(rows) if cell.found is not None]
+    if numeric := any(cell.at is not None for cell in cells):
+        cells = [cell for cell in cells if cell.at is not None]
     groups = list(dict.fromkeys(cell.group for cell in cells))
     series = list(dict.fromkeys(cell.series for cell in cells))
-    numeric = any(cell.at is not None for cell in cells)
     figure = Figure(figsize=(8, 4.6))
     ax = figure.subplots()
     for i, name in enumerate(series):
@@ -246,7 +262,7 @@ def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
             label=name,
         )
     if numeric:
-        ax.set_xlabel("active parameters, of the full model")
+        ax.set_xlabel(claim.across)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         tilted = {"rotation": 30, "ha": "right"} if len(groups) > 4 else {}

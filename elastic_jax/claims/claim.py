@@ -29,7 +29,8 @@ class Cell:
 
     Attributes:
       group, series: its row and its column.
-      at: where it stands on a numeric axis; None is among other groups.
+      at: where it stands on a numeric axis; None is among other groups, or in the
+        table alone where others do have a place.
     """
 
     group: str
@@ -50,6 +51,7 @@ class Claim:
       unit: of the cells.
       axis: what the cells are.
       findings, cells: of the claim's rows.
+      across: what `Cell.at` is.
     """
 
     title: str
@@ -61,6 +63,7 @@ class Claim:
     axis: str
     findings: Callable[[Rows], Iterator[Finding]]
     cells: Callable[[Rows], Iterator[Cell]]
+    across: str = "active parameters, of the full model"
 
 
 def arms_of(rows: Rows) -> list[str]:

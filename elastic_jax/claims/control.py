@@ -1,11 +1,12 @@
 """The claim about two budgets, of which one thinks and one answers."""
 
+import statistics
 from collections.abc import Iterator
 
 from elastic_jax import fronts
 from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of
 from elastic_jax.tables import listed
-from elastic_jax.verdicts import Finding, accuracy, difference, exactly
+from elastic_jax.verdicts import Finding, accuracy, difference, exactly, of_seeds
 
 
 def control(rows: Rows) -> Iterator[Finding]:
@@ -63,6 +64,23 @@ def _points(rows: Rows) -> list[fronts.Point]:
 
 
 def pairs(rows: Rows) -> Iterator[Cell]:
-    for point in _points(rows):
+    """After the last stage at its place in latency; before, and costs, aside."""
+    points = _points(rows)
+    if not points:
+        return
+    stages = list(dict.fromkeys(point.stage for point in points))
+    largest = max(point.cap for point in points)
+    for point in points:
         found = accuracy(dict(enumerate(point.right)))
-        yield Cell(f"{point.name}, at most {point.cap} tokens", point.stage, found)
+        group = f"at most {point.cap} tokens of thought"
+        if point.stage != stages[-1]:
+            yield Cell(f"{group}, after `{point.stage}`", point.name, found)
+            continue
+        at = statistics.fmean(point.latency) if point.latency else None
+        yield Cell(group, point.name, found, at)
+    for kind, called in fronts.COSTS.items():
+        for point in points:
+            costs = getattr(point, kind)
+            if (point.stage, point.cap) == (stages[-1], largest) and costs:
+                group = f"{called}, of L->L, at most {largest} tokens"
+                yield Cell(group, point.name, of_seeds(costs))

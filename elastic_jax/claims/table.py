@@ -165,6 +165,7 @@ CLAIMS = {  # the cheap ones first
         axis=ANSWERS,
         findings=control.control,
         cells=control.pairs,
+        across="measured latency, of L->L with whole thoughts",
     ),
     "depth": Claim(
         title="Width against depth",
@@ -174,8 +175,8 @@ CLAIMS = {  # the cheap ones first
             "baseline, depth 95.2% (Star Elastic)."
         ),
         scope=(
-            f"{TOY} That is the shallow one, of 6 blocks; the deep one has 12 and about "
-            "twice the parameters. Reported only."
+            f"{TOY} That is the shallow one, of 6 blocks; the deep one has 12 and "
+            "about twice the parameters. Reported only."
         ),
         tried="",
         unit="percent",
