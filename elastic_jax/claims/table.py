@@ -133,10 +133,13 @@ CLAIMS = {  # the cheap ones first
             "trained, where every step can go wrong."
         ),
         tried=(
-            "A toy hardly feels less than this. In runs of one seed, rounding to NVFP4 "
-            "cost the same parent under 3 points on problems of 2 to 8 steps, a parent "
-            "of two thirds of its width too, and one that answers with 343 codes about "
-            "a point; the setting that hurts most was taken, before its seeds were run."
+            "A toy hardly feels less than this. In runs of one seed, rounding all of "
+            "it to NVFP4 cost the same parent under 3 points on problems of 2 to 8 "
+            "steps, a parent of two thirds of its width too, one of half its width "
+            "that was trained to the end 3 points on the longest, and one that answers "
+            "with 343 codes about a point. What hurts is a model that has not finished "
+            "learning the longest problems, as here; FP8 then costs something too. "
+            "More steps of QAD were not tried with these sizes."
         ),
         unit="percent",
         axis=ANSWERS,
