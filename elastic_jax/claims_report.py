@@ -1,7 +1,7 @@
 """The page of all claims: verdicts, tables and plots, from lines of results alone.
 
-A folder has a file of lines per claim, `nested.jsonl`; the page and its plots are
-written beside them. A claim without lines is said to have not been run.
+A folder has a file of lines per claim, `nested.jsonl`. Plots are written into it and
+the page beside it. A claim without lines is said to have not been run.
 """
 
 import json
@@ -17,9 +17,10 @@ from matplotlib.ticker import PercentFormatter
 from elastic_jax.claims import CLAIMS, Claim
 from elastic_jax.report import PALETTE, STYLE
 from elastic_jax.tables import bullets, format_seconds, listed, markdown_table
-from elastic_jax.verdicts import OPEN, REFUTED, SHOWN, written
+from elastic_jax.verdicts import OPEN, REFUTED, SHOWN, Finding, written
 
 PAGE = "RESULTS.md"
+DIFFERENCES = ("points", "nats")  # units of findings that are one thing minus another
 NEEDED = (
     *("claim", "arm", "seed", "seconds", "smoke", "evaluation", "date", "commit"),
     *("device", "versions", "configuration", "found"),
@@ -52,8 +53,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_folder(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Claim -> its rows.
+
+    Raises:
+      ValueError: lines that are no rows, or rows of one claim under several
+        configurations.
+    """
+    every = {name: read_lines(directory / f"{name}.jsonl") for name in CLAIMS}
+    for name, rows in every.items():
+        wrong = {row["claim"] for row in rows} - {name}
+        several = {row["configuration"] for row in rows}
+        if wrong or len(several) > 1:
+            what = f"of {listed(wrong)}" if wrong else f"of configurations {several}"
+            raise ValueError(f"{directory / name}.jsonl: has rows {what}")
+    return every
+
+
 def write_claims_report(directory: str | os.PathLike) -> Path:
-    """Writes `RESULTS.md`, and a plot for each claim that has rows.
+    """Writes `RESULTS.md` beside a folder, into it a plot for each claim with rows.
 
     Returns:
       the path of the page, a text that depends on the lines alone.
@@ -65,22 +83,16 @@ def write_claims_report(directory: str | os.PathLike) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: expected a folder with lines, NAME.jsonl")
-    every = {name: read_lines(directory / f"{name}.jsonl") for name in CLAIMS}
-    for name, rows in every.items():
-        wrong = {row["claim"] for row in rows} - {name}
-        several = {row["configuration"] for row in rows}
-        if wrong or len(several) > 1:
-            what = f"of {listed(wrong)}" if wrong else f"of configurations {several}"
-            raise ValueError(f"{directory / name}.jsonl: has rows {what}")
-    parts = [_head(every), _summary(every)]
+    every = read_folder(directory)
+    parts = [_head(every), summary(every)]
     for name, rows in every.items():
         picture = directory / f"{name}.png"
         picture.unlink(missing_ok=True)
         if rows:
             with matplotlib.rc_context(STYLE):
                 plot_cells(CLAIMS[name], rows).savefig(picture)
-        parts += _section(name, CLAIMS[name], rows)
-    path = directory / PAGE
+        parts += _section(name, CLAIMS[name], rows, directory.name)
+    path = directory.resolve().parent / PAGE
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
@@ -88,11 +100,11 @@ def write_claims_report(directory: str | os.PathLike) -> Path:
 def _head(every: Mapping[str, Sequence]) -> str:
     text = (
         "# The claims, reproduced small\n\n"
-        "Every number here comes from the lines beside this page, one per arm and "
-        "seed; no word of a verdict is written by hand. *Shown* and *refuted* need the "
-        "whole 95% interval on one side of what was asked; anything else is *not "
-        "decided*, and what was asked is not moved. ± is half of that interval: the "
-        "larger of the one between seeds (Student's t) and the one between problems."
+        "Every number here comes from lines of results, one per arm and seed; no word "
+        "of a verdict is written by hand. *Shown* and *refuted* need the whole 95% "
+        "interval on one side of what was asked; anything else is *not decided*, and "
+        "what was asked is not moved. ± is half of that interval: the larger of the "
+        "one between seeds (Student's t) and the one between problems."
     )
     if any(row["smoke"] for rows in every.values() for row in rows):
         text += "\n\n> A smoke run: it shows that everything works; "
@@ -100,7 +112,9 @@ def _head(every: Mapping[str, Sequence]) -> str:
     return text
 
 
-def _summary(every: Mapping[str, Sequence]) -> str:
+def summary(every: Mapping[str, Sequence], page: str = "") -> str:
+    """A table with a row per claim, each with a link to its section of `page`."""
+
     def verdicts(name: str) -> str:
         if not every[name]:
             return "not run"
@@ -112,7 +126,8 @@ def _summary(every: Mapping[str, Sequence]) -> str:
     return markdown_table(
         every,
         {
-            "claim": lambda name: f"[{CLAIMS[name].title}](#{_anchor(name)})",
+            "claim": lambda name: f"[{CLAIMS[name].title}]({page}#{_anchor(name)})",
+            "statement": lambda name: CLAIMS[name].statement,
             "verdicts": verdicts,
             "seeds": lambda name: len({row["seed"] for row in every[name]}) or None,
             "time": lambda n: _spent(every[n]) if every[n] else None,
@@ -129,7 +144,9 @@ def _spent(rows: Sequence[Mapping]) -> str:
     return format_seconds(sum(row["seconds"] for row in rows))
 
 
-def _section(name: str, claim: Claim, rows: Sequence[Mapping]) -> Iterator[str]:
+def _section(
+    name: str, claim: Claim, rows: Sequence[Mapping], folder: str
+) -> Iterator[str]:
     command = f"python experiments/claims.py --claim={name} --workdir=DIR"
     yield f"## {claim.title}"
     yield f"*{claim.statement}* Published: {claim.published}"
@@ -137,7 +154,6 @@ def _section(name: str, claim: Claim, rows: Sequence[Mapping]) -> Iterator[str]:
         yield f"Not run. `{command}`"
         return
     findings = list(claim.findings(rows))
-    yield bullets(_meaning(findings))
     yield markdown_table(
         findings,
         {
@@ -150,19 +166,32 @@ def _section(name: str, claim: Claim, rows: Sequence[Mapping]) -> Iterator[str]:
     caption = f"{claim.axis[0].upper()}{claim.axis[1:]}"
     if any(cell.found and cell.found.half for cell in claim.cells(rows)):
         caption += ", with 95% intervals"
-    yield f"![{caption}]({name}.png)\n\n{caption}."
+    yield f"![{caption}]({folder}/{name}.png)\n\n{caption}."
     yield _table(claim, rows)
+    yield f"What it means:\n\n{bullets(_meaning(findings))}"
     yield f"Scope: {claim.scope}"
+    if claim.tried:
+        yield f"What was tried: {claim.tried}"
     yield _origin(command, rows)
 
 
-def _meaning(findings) -> Iterator[str]:
-    """What was decided, and how, in sentences."""
+def _meaning(findings: Sequence[Finding]) -> Iterator[str]:
+    """What was decided, and how; of what nothing was asked, on which side of zero."""
+    said = lambda each: "; ".join(f"{f.what} ({f.said})" for f in each)
     for verdict in (SHOWN, REFUTED, OPEN):
-        each = [f"{f.what} ({f.said})" for f in findings if f.verdict == verdict]
+        if each := [f for f in findings if f.verdict == verdict]:
+            yield f"{verdict[0].upper()}{verdict[1:]}: {said(each)}."
+    aside = [f for f in findings if f.asked is None and f.found is not None]
+    apart = [f for f in aside if f.unit in DIFFERENCES and f.found.half is not None]
+    sides = {
+        "Clearly above zero": [f for f in apart if f.found.value > f.found.half],
+        "Clearly below zero": [f for f in apart if -f.found.value > f.found.half],
+        "No clear difference": [f for f in apart if abs(f.found.value) <= f.found.half],
+    }
+    for side, each in sides.items():
         if each:
-            yield f"{verdict[0].upper()}{verdict[1:]}: {'; '.join(each)}."
-    if not any(f.asked is not None for f in findings):
+            yield f"{side}: {said(each)}."
+    if len(aside) == len(findings) and not apart:
         yield "Nothing was asked of these numbers: they are reported as they came."
 
 
@@ -185,22 +214,38 @@ def _origin(command: str, rows: Sequence[Mapping]) -> str:
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     versions = {f"{n} {v}" for row in rows for n, v in row["versions"].items()}
     devices = sorted({row["device"] for row in rows})
-    asked = rows[0]["evaluation"]
-    problems = ", ".join(f"{key} {value}" for key, value in asked.items())
+    asked, judged = rows[0]["evaluation"], ""
+    if problems := sorted({*_problems(rows)}):
+        judged = (
+            f"; {listed(map(str, problems))} problems of {asked['min_steps']} to "
+            f"{asked['max_steps']} steps"
+        )
     return (
         f"`{command}`: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit "
         f"{listed(commits)}, {listed(devices)}, {listed(sorted(versions))}; "
         f"{len(rows)} lines, {_spent(rows)} in all, with the parent where it was "
-        f"not there yet; evaluation: {problems}."
+        f"not there yet{judged}."
     )
+
+
+def _problems(found: Any) -> Iterator[int]:
+    """How many problems each model of rows was judged by."""
+    if isinstance(found, Mapping):
+        if "right" in found:
+            yield len(found["right"])
+        found = list(found.values())
+    if isinstance(found, list):
+        for each in found:
+            yield from _problems(each)
 
 
 def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
     """Groups side by side, or at their place on an axis, one colour per series."""
     cells = [cell for cell in claim.cells(rows) if cell.found is not None]
+    if numeric := any(cell.at is not None for cell in cells):
+        cells = [cell for cell in cells if cell.at is not None]
     groups = list(dict.fromkeys(cell.group for cell in cells))
     series = list(dict.fromkeys(cell.series for cell in cells))
-    numeric = any(cell.at is not None for cell in cells)
     figure = Figure(figsize=(8, 4.6))
     ax = figure.subplots()
     for i, name in enumerate(series):
@@ -217,7 +262,7 @@ def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
             label=name,
         )
     if numeric:
-        ax.set_xlabel("active parameters, of the full model")
+        ax.set_xlabel(claim.across)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
         tilted = {"rotation": 30, "ha": "right"} if len(groups) > 4 else {}

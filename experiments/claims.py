@@ -1,13 +1,16 @@
 """The claims of the method, one by one: `python experiments/claims.py --workdir=DIR`.
 
-    DIR/results/   a line per claim, arm and seed: `nested.jsonl`; RESULTS.md, plots
+    DIR/RESULTS.md what the lines say, made from them alone
+    DIR/results/   a line per claim, arm and seed: `nested.jsonl`; a plot per claim
     DIR/parents/   toys that several claims start from
     DIR/trained/   what was trained, by claim and arm
 
 `--claim=nested` is one of them, `--claim=all` all, the cheap ones first; `--smoke` runs
 the same paths with a handful of steps. A rerun measures only the arms and seeds that
-have no line yet. `--report=FOLDER` writes the page of a folder of lines again, from
-them alone, and runs nothing. Exit codes are those of `run.py`.
+have no line yet. `--results=FOLDER` keeps the lines elsewhere, the page beside it:
+`experiments/claims_run` is where those of `experiments/RESULTS.md` and of the README's
+table are. `--report` writes the page again and runs nothing. Exit codes are those of
+`run.py`.
 """
 
 import argparse
@@ -42,7 +45,9 @@ from experiments import settings, training  # noqa: E402
 from experiments.arms.start import Start  # noqa: E402
 from experiments.workdir import console, exit_code  # noqa: E402
 
-RESULTS = "results"
+COMMITTED = REPOSITORY / "experiments" / "claims_run"
+README = REPOSITORY / "README.md"
+TABLE = "<!-- claims: begin -->", "<!-- claims: end -->"  # around it in the README
 # How often something is measured is no part of what is measured.
 REPEATED = ("seeds", "repeats")
 
@@ -54,15 +59,17 @@ def plan(claim: str, *, smoke: bool = False) -> settings.Plan:
     return settings.plan(config)
 
 
-def run(claim: str, plan: settings.Plan, root: pathlib.Path) -> None:
-    """Measures every arm and seed of a claim that has no line yet.
+def run(
+    claim: str, plan: settings.Plan, root: pathlib.Path, results: pathlib.Path
+) -> None:
+    """Measures every arm and seed of a claim that has no line in `results` yet.
 
     Raises:
       ValueError: lines of another configuration.
     """
     arms = importlib.import_module(f"experiments.arms.{claim}")
     start = Start(plan, root, claim)
-    kept = Lines(root / RESULTS / f"{claim}.jsonl", identity(plan))
+    kept = Lines(results / f"{claim}.jsonl", identity(plan))
     for seed in range(start.asked["seeds"]):
         missing = [a for a in arms.arms(start, seed) if not kept.has(a, seed)]
         if not missing:
@@ -148,9 +155,9 @@ def commit() -> str:
 def main(arguments: Sequence[str]) -> None:
     """Plans all that was asked for before any of it runs."""
     asked = _parsed(arguments)
-    if asked.report is not None:
-        said = claims_report.write_claims_report(asked.report)
-        console.print(f"written: {said}")
+    results = asked.results or asked.workdir / "results"
+    if asked.report:
+        console.print(f"written: {write(results)}")
         return
     claims = list(CLAIMS) if asked.claim == "all" else [asked.claim]
     plans = {claim: plan(claim, smoke=asked.smoke) for claim in claims}
@@ -159,9 +166,27 @@ def main(arguments: Sequence[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "jax_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         for claim, each in plans.items():
-            run(claim, each, root)
-            said = claims_report.write_claims_report(root / RESULTS)
+            run(claim, each, root, results)
+            said = write(results)
     console.print(f"done: {said}")
+
+
+def write(results: pathlib.Path) -> pathlib.Path:
+    """Writes the page of a folder of lines; of the committed ones the README's too."""
+    page = claims_report.write_claims_report(results)
+    if results.resolve() == COMMITTED:
+        README.write_text(with_table(README.read_text(), results))
+    return page
+
+
+def with_table(readme: str, results: pathlib.Path) -> str:
+    """The README with a table of what the lines say now."""
+    begin, end = TABLE
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    page = COMMITTED.with_name(claims_report.PAGE).relative_to(REPOSITORY)
+    table = claims_report.summary(claims_report.read_folder(results), str(page))
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -171,15 +196,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--claim", default="all", choices=("all", *CLAIMS))
     parser.add_argument("--workdir", type=pathlib.Path, help="where everything is kept")
     parser.add_argument("--smoke", action="store_true", help="a handful of steps")
-    parser.add_argument("--report", type=pathlib.Path, help="a folder with lines")
+    parser.add_argument("--results", type=pathlib.Path, help="where lines are kept")
+    parser.add_argument("--report", action="store_true", help="write the page alone")
     try:
         asked, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
     if unknown:
         raise ValueError(f"unknown {' '.join(unknown)}; see --help")
-    if (asked.workdir is None) == (asked.report is None):
-        raise ValueError("give --workdir=DIR to measure, or --report=FOLDER to write")
+    if asked.workdir is None and not (asked.report and asked.results):
+        raise ValueError(
+            "give --workdir=DIR to measure, or --report --results=FOLDER to write"
+        )
     return asked
 
 

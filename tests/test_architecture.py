@@ -49,7 +49,9 @@ FLOORS = (
         "tables",
         "measures",
         "findings",
-        *("fronts", "control_findings", "verdicts", "claims"),
+        *("fronts", "control_findings", "verdicts"),
+        *("claims.claim", "claims.training", "claims.compression", "claims.control"),
+        "claims.table",
     ),
     (
         *("elastic", "train", "objectives", "quantized_training", "metrics", "fit"),

@@ -9,7 +9,8 @@ import pytest
 from elastic_jax import claims_report
 from elastic_jax.claims import CLAIMS
 
-COMMITTED = pathlib.Path(__file__).parents[1] / "experiments" / "claims_run"
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+COMMITTED = EXPERIMENTS / "claims_run"
 ROW = {
     "claim": "memory",
     "arm": "toy",
@@ -26,35 +27,43 @@ ROW = {
 }
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Of lines; the page is written beside it."""
+    path = tmp_path / "claims_run"
+    path.mkdir()
+    return path
+
+
 def written(folder, *rows, name="memory"):
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return claims_report.write_claims_report(folder).read_text()
 
 
-def test_the_committed_page_is_made_from_the_committed_lines(tmp_path):
+def test_the_committed_page_is_made_from_the_committed_lines(folder):
     """No result is written by hand, and no line is left out."""
     for lines in COMMITTED.glob("*.jsonl"):
-        shutil.copy(lines, tmp_path)
+        shutil.copy(lines, folder)
         assert lines.stem in CLAIMS
-    page = claims_report.write_claims_report(tmp_path).read_text()
-    assert page == (COMMITTED / claims_report.PAGE).read_text()
-    pictures = {p.name for p in tmp_path.glob("*.png")}
+    page = claims_report.write_claims_report(folder).read_text()
+    assert page == (EXPERIMENTS / claims_report.PAGE).read_text()
+    pictures = {p.name for p in folder.glob("*.png")}
     assert pictures == {p.name for p in COMMITTED.glob("*.png")}
     assert "smoke" not in page
 
 
-def test_a_page_says_what_was_run_and_what_was_not(tmp_path):
-    page = written(tmp_path, ROW)
+def test_a_page_says_what_was_run_and_what_was_not(folder):
+    page = written(folder, ROW)
     assert "one nested checkpoint / 2 separate ones, BF16 |    0.500" in page
     assert "--claim=memory" in page and "commit abc" in page and "1.5 s" in page
     assert page.count("Not run.") == len(CLAIMS) - 1
-    assert (tmp_path / "memory.png").exists() and "![" in page
-    (tmp_path / "memory.jsonl").unlink()
-    again = claims_report.write_claims_report(tmp_path).read_text()
+    assert (folder / "memory.png").exists() and "![" in page
+    (folder / "memory.jsonl").unlink()
+    again = claims_report.write_claims_report(folder).read_text()
     assert again.count("Not run.") == len(CLAIMS)
-    assert not (tmp_path / "memory.png").exists()  # of rows that are gone
-    assert "A smoke run" in written(tmp_path, ROW | {"smoke": True})
+    assert not (folder / "memory.png").exists()  # of rows that are gone
+    assert "A smoke run" in written(folder, ROW | {"smoke": True})
 
 
 @pytest.mark.parametrize(
@@ -68,18 +77,18 @@ def test_a_page_says_what_was_run_and_what_was_not(tmp_path):
         ([ROW | {"claim": "nested"}], "has rows of nested"),
     ],
 )
-def test_lines_that_are_no_results_are_refused(tmp_path, rows, message):
+def test_lines_that_are_no_results_are_refused(folder, rows, message):
     with pytest.raises(ValueError, match=message):
-        written(tmp_path, *rows)
+        written(folder, *rows)
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path):
+def test_a_folder_that_is_none_is_refused(folder):
     with pytest.raises(ValueError, match="expected a folder"):
-        claims_report.write_claims_report(tmp_path / "nothing")
+        claims_report.write_claims_report(folder / "nothing")
 
 
-def test_every_claim_has_its_anchor(tmp_path):
-    page = written(tmp_path, ROW)
+def test_every_claim_has_its_anchor(folder):
+    page = written(folder, ROW)
     for claim in CLAIMS.values():
         assert f"## {claim.title}\n" in page
     for line in page.splitlines():

@@ -1,4 +1,4 @@
-"""Sizes between the trained ones: what the router answers to a blend of two budgets."""
+"""Sizes between the trained ones: what the router answers to a blend of budgets."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,16 +23,27 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
     """Trained sizes, and at least `sizes` others, with their answers."""
     params, _ = start.train("nested", seed, counts=start.counts)
     trained = start.each(params, start.counts)
-    others = {_named(c): c for c in sizes_between(start, start.asked["sizes"])}
-    yield "between", {"budgets": trained, "between": start.each(params, others)}
+    answered, filled = sizes_between(start, start.asked["sizes"])
+    others = {_named(c): c for c in (*answered, *filled)}
+    found = start.each(params, others)
+    for counts in answered:
+        found[_named(counts)]["from_router"] = True
+    yield "between", {"budgets": trained, "between": found}
 
 
-def sizes_between(start: Start, least: int) -> list[ej.Counts]:
-    """Different counts strictly between two neighbours, evenly spread over costs.
+def sizes_between(start: Start, least: int) -> tuple[list[ej.Counts], list[ej.Counts]]:
+    """Different counts between two neighbours: the router's, and what fills up.
+
+    On every axis they are between their neighbours' and, as a whole, dearer than the
+    smallest trained size and cheaper than the largest.
 
     A blend's count on an axis is the mean of those on offer, by their probability
     and rounded to the axis's step: with the sharp choices that training ends with,
     nearly all blends would be one of the trained sizes. Its two neighbours bound it.
+
+    Returns:
+      answers to blends, evenly spread over costs, and, where those are fewer than
+      `least`, other counts between neighbours, evenly spread too.
     """
     cfg, specs = start.plan.cfg, start.specs
     router, learned, trained = start.router
@@ -53,17 +64,27 @@ def sizes_between(start: Start, least: int) -> list[ej.Counts]:
             kept[axis] = int(np.clip(mean, *sorted(end[axis] for end in ends)))
         if tuple(sorted(kept.items())) not in known:
             found[tuple(sorted(kept.items()))] = ej.counts(cfg, **kept)
-    if len(found) < least:  # blends that jump: all of the boxes between neighbours
-        found |= _boxes(cfg, list(trained.values()), known)
     cost = lambda c: ej.cost(specs, cfg, counts=c).active_params
-    ordered = sorted(found.values(), key=cost)
-    if len(ordered) < least:
+    least_cost, *_, most_cost = sorted(map(cost, trained.values()))
+    inside = lambda c: least_cost < cost(c) < most_cost
+    answered = sorted(filter(inside, found.values()), key=cost)
+    boxes = _boxes(cfg, list(trained.values()), known | set(found))
+    others = sorted(filter(inside, boxes.values()), key=cost)
+    if len(answered) + len(others) < least:
         raise ValueError(
             f"claim.sizes: {least} sizes between the budgets were asked for, there are "
-            f"{len(ordered)}; give `elastic` more room between them"
+            f"{len(answered) + len(others)}; give `elastic` more room between them"
         )
-    at = np.linspace(0, len(ordered) - 1, least).round().astype(int)
-    return [ordered[i] for i in at]
+    answered = _spread(answered, least)
+    return answered, _spread(others, least - len(answered))
+
+
+def _spread(ordered: list[ej.Counts], most: int) -> list[ej.Counts]:
+    """At most so many, the first and the last among them."""
+    most = min(most, len(ordered))
+    return [
+        ordered[i] for i in np.linspace(0, len(ordered) - 1, most).round().astype(int)
+    ]
 
 
 def _boxes(cfg, trained, known) -> dict[tuple, ej.Counts]:

@@ -24,6 +24,13 @@ def root(tmp_path_factory):
     return folder
 
 
+def test_the_readme_has_the_table_of_the_committed_lines():
+    readme = claims.README.read_text()
+    assert claims.with_table(readme, claims.COMMITTED) == readme
+    for line in readme.split(claims.TABLE[0])[1].split(claims.TABLE[1])[0].split("\n"):
+        assert not line.startswith("| [") or "](experiments/RESULTS.md#" in line
+
+
 def lines(root, claim):
     text = (root / "results" / f"{claim}.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
@@ -51,7 +58,7 @@ def test_a_claim_runs_and_is_not_run_again(root, capsys):
             len(costs) == 2 and max(costs) < found["budgets"]["full"]["active_params"]
         )
         assert len(found["budgets"]["small"]["right"]) == row["evaluation"]["problems"]
-    page = root / "results" / "RESULTS.md"
+    page = root / "RESULTS.md"
     before = page.read_text(), (root / "results" / "between.jsonl").read_text()
     page.unlink()
     claims.main(["--claim=between", "--smoke", f"--workdir={root}"])
@@ -60,7 +67,7 @@ def test_a_claim_runs_and_is_not_run_again(root, capsys):
         (root / "results" / "between.jsonl").read_text(),
     )
     page.unlink()
-    claims.main([f"--report={root / 'results'}"])
+    claims.main(["--report", f"--results={root / 'results'}"])
     assert page.read_text() == before[0]
     assert "seed 0" not in capsys.readouterr().out
 
@@ -79,7 +86,7 @@ def test_a_missing_line_is_measured_from_what_was_trained(root):
 
 def test_lines_of_another_configuration_are_refused(root):
     with pytest.raises(ValueError, match=r"(?s)2 of 2 lines.*config.smoke: was True"):
-        claims.run("between", claims.plan("between"), root)
+        claims.run("between", claims.plan("between"), root, root / "results")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_lines_of_another_configuration_are_refused(root):
     [
         (["--claim=nestd", "--workdir=x"], "invalid choice: 'nestd'"),
         (["--claim=nested"], "give --workdir=DIR"),
-        (["--workdir=x", "--report=y"], "give --workdir=DIR"),
+        (["--report"], "--report --results=FOLDER"),
         (["--workdir=x", "--sedes=3"], "unknown --sedes=3"),
     ],
 )
@@ -113,8 +120,14 @@ def test_what_takes_no_training_is_measured(tmp_path):
 
 def test_sizes_lie_between_neighbours_and_are_new(tmp_path):
     start = Start(claims.plan("between"), tmp_path, "between")
-    sizes, trained = between.sizes_between(start, 16), list(start.counts.values())
+    answered, filled = between.sizes_between(start, 16)
+    sizes, trained = answered + filled, list(start.counts.values())
+    assert 4 <= len(answered) < 16
+    assert between.sizes_between(start, 4)[1] == []
     assert len({tuple(sorted(c.items())) for c in sizes}) == 16
+    cost = lambda c: ej.cost(start.specs, start.plan.cfg, counts=c).active_params
+    costs = sorted(map(cost, trained))
+    assert all(costs[0] < cost(c) < costs[-1] for c in sizes)
     for counts in sizes:
         assert counts not in trained
         assert any(

@@ -28,6 +28,7 @@ def get_config(title: str, **claim):
     )
     config.budgets.targets = (1.0, 0.62, 0.33)
     config.router.fit_first = 300
+    config.evaluation.examples = 1024
     config.stages.names = ("short",)
     config.stages.short.update(
         {"steps": 150, "batch": 16, "micro_batch": 8, "max_steps": 8}

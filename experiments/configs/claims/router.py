@@ -34,15 +34,17 @@ def get_config():
     config.budgets.targets = (1.0, 0.62, 0.40)
     config.router.fit_first = 0
     config.stages.names = ("short", "long")
-    config.stages.short.steps = 250
+    config.stages.short.update({"steps": 250, "batch": 8})
     config.stages.long.update(
-        {"steps": 50, "batch": 16, "micro_batch": 8, "context": 96, "sampling": ()}
+        {"steps": 50, "batch": 8, "micro_batch": 8, "context": 96, "sampling": ()}
     )
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},
+            # What the router met before training, three steps do not change.
+            "elastic": {"heads_per_group": (8, 4), "expert_ffn": (64, 48, 32)},
             "stages": {
-                "short": dict(base.SMOKE_STAGE),
+                "short": base.SMOKE_STAGE | {"router_learning_rate": 1e-5},
                 "long": dict(base.SMOKE_STAGE),
             },
         }

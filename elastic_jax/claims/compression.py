@@ -1,0 +1,138 @@
+"""Claims about what is dropped or rounded: bytes, formats, experts, blocks."""
+
+import statistics
+from collections.abc import Iterator
+
+from elastic_jax import fronts
+from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of, budgets_of, longest
+from elastic_jax.verdicts import (
+    Estimate,
+    Finding,
+    accuracy,
+    closed,
+    difference,
+    exactly,
+    of_seeds,
+    ratio,
+    right,
+)
+
+# -------------------------------------------------------------------------- memory
+
+# GiB of Nemotron 3 Nano, where the published figure stands for the same thing.
+PUBLISHED_GIB = {"bf16": 58.9, "fp8": 31.4, "nvfp4": 18.7}
+PUBLISHED_SEPARATE_GIB = 126.1
+
+
+def memory(rows: Rows) -> Iterator[Finding]:
+    for row in rows:
+        nested, apart = row["found"]["nested"], row["found"]["separate"]
+        if row["arm"] != "toy":
+            each = {
+                f"one nested checkpoint, {format.upper()}": (n, PUBLISHED_GIB[format])
+                for format, n in nested.items()
+            }
+            whole = sum(apart.values()), PUBLISHED_SEPARATE_GIB
+            each[f"{len(apart)} separate ones, BF16"] = whole
+            for what, (n, published) in each.items():
+                yield Finding(
+                    f"{row['arm']}: {what} (published {published})",
+                    exactly(n / 2**30),
+                    unit="GiB",
+                )
+        share = nested["bf16"] / sum(apart.values())
+        yield Finding(
+            f"{row['arm']}: one nested checkpoint / {len(apart)} separate ones, BF16",
+            exactly(share),
+            unit="ratio",
+        )
+
+
+def bytes(rows: Rows) -> Iterator[Cell]:
+    for row in rows:
+        nested, apart = row["found"]["nested"], row["found"]["separate"]
+        sizes = {f"nested, {name}": n for name, n in nested.items()}
+        sizes |= {f"separate, {name}": n for name, n in apart.items()}
+        sizes["separate, all"] = sum(apart.values())
+        for name, n in sizes.items():
+            yield Cell(name, row["arm"], exactly(n / sum(apart.values())))
+
+
+# -------------------------------------------------------------------- quantization
+
+
+def quantization(rows: Rows) -> Iterator[Finding]:
+    """Of the longest problems, where every step can go wrong."""
+    budgets, (is_long, called) = budgets_of(rows), longest(rows)
+    at = lambda arm, budget: right(rows, arm, budget, is_long)
+    least = {"fp8_ptq": True, "nvfp4_ptq": False, "nvfp4_qad": True, "nvfp4_qat": True}
+    for arm, floor in least.items():
+        yield Finding(
+            f"`{budgets[0]}` of {_arm(arm)} / of BF16, {called}",
+            ratio(at(arm, budgets[0]), at("bf16", budgets[0])),
+            ASKED.get(arm),
+            least=floor,
+            unit="percent",
+        )
+    for budget in budgets[1:]:
+        each = (at(arm, budget) for arm in ("nvfp4_qad", "nvfp4_ptq", "bf16"))
+        yield Finding(
+            f"gap that QAD closed at `{budget}`, {called}",
+            closed(*each),
+            ASKED["gap closed"],
+            unit="percent",
+        )
+
+
+def _arm(arm: str) -> str:
+    return arm.replace("_", " ").upper()
+
+
+# ------------------------------------------------------------------------- experts
+
+
+def _divergences(rows: Rows, arm: str, when: str) -> list[float]:
+    return [row["found"][when]["kl"] for row in rows if row["arm"] == arm]
+
+
+def experts(rows: Rows) -> Iterator[Finding]:
+    for parent in dict.fromkeys(arm.split(": ")[0] for arm in arms_of(rows)):
+        for when in ("untrained", "trained"):
+            random = _divergences(rows, f"{parent}: random", when)
+            for order in ("reap", "mass", "frequency", "reversed"):
+                ours = _divergences(rows, f"{parent}: {order}", when)
+                found = None
+                if ours and len(random) > 1:
+                    # Chance lies in the draws: the order itself is one.
+                    value = statistics.fmean(random) - statistics.fmean(ours)
+                    halves = [fronts.spread(e) or 0.0 for e in (random, ours)]
+                    found = Estimate(value, sum(h * h for h in halves) ** 0.5)
+                yield Finding(
+                    f"KL of random orders minus that of {order}, {when}, {parent}",
+                    found,
+                    unit="nats",
+                )
+
+
+def orders(rows: Rows) -> Iterator[Cell]:
+    for arm in arms_of(rows):
+        parent, order = arm.split(": ")
+        for when in ("untrained", "trained"):
+            found = of_seeds(_divergences(rows, arm, when))
+            yield Cell(f"{parent} parent, {when}", order, found)
+
+
+# --------------------------------------------------------------------------- depth
+
+
+def depth(rows: Rows) -> Iterator[Finding]:
+    for parent in dict.fromkeys(arm.split(": ")[0] for arm in arms_of(rows)):
+        for kind in ("width, equal total", "width, equal active"):
+            each = (right(rows, f"{parent}: {k}", "small") for k in (kind, "depth"))
+            yield Finding(f"{kind}, minus depth, {parent} parent", difference(*each))
+
+
+def by_parent(rows: Rows) -> Iterator[Cell]:
+    for arm in arms_of(rows):
+        parent, kind = arm.split(": ")
+        yield Cell(f"{parent} parent", kind, accuracy(right(rows, arm, "small")))

@@ -1,0 +1,190 @@
+"""The claims of the method in words: what was published, what a toy can say of it."""
+
+from elastic_jax.claims import compression, control, training
+from elastic_jax.claims.claim import Claim, answers, answers_by_length
+
+TOY = (
+    "A hybrid of 389 thousand parameters on generated arithmetic; seeds are of nested "
+    "training, all from one parent."
+)
+ANSWERS = "problems answered exactly"
+CLAIMS = {  # the cheap ones first
+    "memory": Claim(
+        title="Memory",
+        statement="One nested checkpoint takes the place of separate ones.",
+        published=(
+            "58.9 for one nested checkpoint against 126.1 for three separate ones in "
+            "BF16; 31.4 in FP8 and 18.7 in NVFP4 (Star Elastic; the unit is GiB)."
+        ),
+        scope=(
+            "The toy's bytes are of files, chunks and metadata included; Nano's are "
+            "computed from its shapes. All are shares of the separate checkpoints in "
+            "BF16."
+        ),
+        tried="",
+        unit="percent",
+        axis="bytes, of the separate checkpoints in BF16",
+        findings=compression.memory,
+        cells=compression.bytes,
+    ),
+    "nested": Claim(
+        title="One nested run against separate runs",
+        statement=(
+            "One run trains a whole family, for a fraction of what separate runs take."
+        ),
+        published=(
+            "7 times fewer tokens than sequential compression, 360 times fewer than "
+            "pretraining each (Star Elastic)."
+        ),
+        scope=(
+            f"{TOY} Work counts active parameters times tokens, a backward pass as "
+            "two; the full size is distilled separately too. 150 steps are few: the "
+            "small size is far from done."
+        ),
+        tried=(
+            "Three seeds and 512 problems first, which left `full` undecided; so four "
+            "seeds and 1,024 problems. More steps were not tried."
+        ),
+        unit="percent",
+        axis=ANSWERS,
+        findings=training.nested,
+        cells=answers,
+    ),
+    "between": Claim(
+        title="Budgets never trained",
+        statement="What lies between trained budgets can be cut too.",
+        published=(
+            "None: the published method extracts trained budgets only (Nemotron "
+            "Elastic)."
+        ),
+        scope=(
+            f"{TOY} The models are those of the claim before. A router that has "
+            "learned is sure: its answer to a blend of two budgets is the mean count "
+            "of every axis. There are few such answers; other sizes between the same "
+            "neighbours fill up."
+        ),
+        tried="",
+        unit="percent",
+        axis=ANSWERS,
+        findings=training.between,
+        cells=training.sizes,
+    ),
+    "router": Claim(
+        title="A learned router against fixed shapes",
+        statement="A router learns, within one run, shapes that need no search.",
+        published="No comparison with fixed shapes at equal size was found.",
+        scope=(
+            f"{TOY} A fixed shape trains slices from the start, the router's arm only "
+            "after its stage of soft masks; both take as many steps. The best fixed "
+            "shape is the best in hindsight, at each budget."
+        ),
+        tried="",
+        unit="percent",
+        axis=ANSWERS,
+        findings=training.router,
+        cells=answers,
+    ),
+    "stages": Claim(
+        title="Two stages",
+        statement="A second stage with a long context is what long reasoning needs.",
+        published=(
+            "AIME-25 after the second stage: 6B 56.9 to 68.1, 9B 68.8 to 75.4, 12B "
+            "72.9 to 75.8; weights that favour the full model give the 12B 3.5 points "
+            "more than uniform ones (Nemotron Elastic)."
+        ),
+        scope=(
+            f"{TOY} All arms go on from the same weights with fresh optimiser states. "
+            "The parent can answer long problems; a stage of short ones alone makes "
+            "even its own size forget them, and the long stage brings that back."
+        ),
+        tried="Steps were chosen with one run of one seed on 280 problems.",
+        unit="percent",
+        axis=ANSWERS,
+        findings=training.stages,
+        cells=answers_by_length,
+    ),
+    "experts": Claim(
+        title="Orders of experts",
+        statement="REAP ranks experts better than chance.",
+        published=(
+            "REAP is the published order; no ablation of it was found (Star Elastic)."
+        ),
+        scope=(
+            f"{TOY} The lower the better. Half of 8 experts are kept, other axes whole."
+        ),
+        tried="",
+        unit="nats",
+        axis="KL from the parent, nats per token",
+        findings=compression.experts,
+        cells=compression.orders,
+    ),
+    "quantization": Claim(
+        title="One quantized nested checkpoint",
+        statement=(
+            "Nested QAD gives back what NVFP4 loses, at every size, in one checkpoint."
+        ),
+        published=(
+            "Of BF16, the 30B keeps 98.69% in FP8, 95.88% in NVFP4 by rounding alone "
+            "and 97.79% after nested QAD (Star Elastic)."
+        ),
+        scope=(
+            f"{TOY} Everything that enters a product is rounded, which the released "
+            "models do not do, and verdicts are of the longest problems that were "
+            "trained, where every step can go wrong."
+        ),
+        tried=(
+            "A toy hardly feels less than this. In runs of one seed, rounding all of "
+            "it to NVFP4 cost the same parent under 3 points on problems of 2 to 8 "
+            "steps, a parent of two thirds of its width too, one of half its width "
+            "that was trained to the end 3 points on the longest, and one that answers "
+            "with 343 codes about a point. What hurts is a model that has not finished "
+            "learning the longest problems, as here; FP8 then costs something too. "
+            "More steps of QAD were not tried with these sizes."
+        ),
+        unit="percent",
+        axis=ANSWERS,
+        findings=compression.quantization,
+        cells=answers_by_length,
+    ),
+    "control": Claim(
+        title="Who thinks and who answers",
+        statement=(
+            "A small model thinks, a large one answers: better and faster than either."
+        ),
+        published=(
+            "Up to 16% more accurate and 1.9 times faster than one capped model, 23B "
+            "to 30B; transplanted caches cost 0.75 points on GSM8K (Star Elastic)."
+        ),
+        scope=(
+            f"{TOY} Here answers are made the harder part, and the small model has 31% "
+            "of the active parameters. Latency is of two cores."
+        ),
+        tried=(
+            "80 steps with mixed prefixes, one seed and 256 problems first, which came "
+            "out next to what was asked; so twice the steps, 512 problems and four "
+            "seeds."
+        ),
+        unit="percent",
+        axis=ANSWERS,
+        findings=control.control,
+        cells=control.pairs,
+        across="measured latency, of L->L with whole thoughts",
+    ),
+    "depth": Claim(
+        title="Width against depth",
+        statement="Cutting widths keeps more than dropping blocks.",
+        published=(
+            "With 15% fewer parameters and 25B tokens, width keeps 98.1% of the "
+            "baseline, depth 95.2% (Star Elastic)."
+        ),
+        scope=(
+            f"{TOY} That is the shallow one, of 6 blocks; the deep one has 12 and "
+            "about twice the parameters. Reported only."
+        ),
+        tried="",
+        unit="percent",
+        axis=ANSWERS,
+        findings=compression.depth,
+        cells=compression.by_parent,
+    ),
+}
