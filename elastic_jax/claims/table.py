@@ -79,11 +79,11 @@ CLAIMS = {  # the cheap ones first
             "shape is the best in hindsight, at each budget."
         ),
         tried=(
-            "With one budget drawn per step, and weights of the budget loss of 10, 30 "
-            "and 50 or a slower router, some budget ended outside its zone in the "
-            "first seed, by 2 to 18% of its target; four draws per step met all of "
-            "them in two seeds of the router's stage alone, before the other arms were "
-            "run."
+            "With one budget drawn per step some budget ended outside its zone in the "
+            "first seed, by 2 to 18% of its target, with a weight of the budget loss "
+            "of 10, of 50, and of 30 with a slower router; four draws per step and 30 "
+            "met all of them in two seeds of the router's stage alone, before the "
+            "other arms were run."
         ),
         unit="percent",
         axis=ANSWERS,
