@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from elastic_jax import axes, fold
-from elastic_jax.axes import Counts, ParamSpecs, Path
+from elastic_jax.axes import Counts, ParamSpec, ParamSpecs, Path
 from elastic_jax.config import ModelConfig
 from elastic_jax.masks import BudgetMasks, stacked_masks
 from elastic_jax.model import hidden_states, logits, param_specs
@@ -133,8 +133,9 @@ def _empty(specs: ParamSpecs, cfg: ModelConfig) -> State:
     def zeros(dtype):
         return axes.nest(
             {
-                path: jnp.zeros(_stack_shape(path, specs, cfg), dtype)
-                for path in _paths(specs)
+                path: jnp.zeros(_stack_shape(path, spec, specs, cfg), dtype)
+                for path, spec in specs
+                if meets_activations(spec)
             }
         )
 
@@ -145,10 +146,12 @@ def _empty(specs: ParamSpecs, cfg: ModelConfig) -> State:
     }
 
 
-def _stack_shape(path: Path, specs: ParamSpecs, cfg: ModelConfig) -> tuple[int, ...]:
+def _stack_shape(
+    path: Path, spec: ParamSpec, specs: ParamSpecs, cfg: ModelConfig
+) -> tuple[int, ...]:
     """One entry per member of a stack: (experts,), or () for a weight that is alone."""
-    batch = dict(specs)[path].batch
-    return tuple(axes.entry(specs, path, dim, getattr(cfg, dim)) for dim in batch)
+    sizes = (axes.entry(specs, path, dim, getattr(cfg, dim)) for dim in spec.batch)
+    return tuple(sizes)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -163,11 +166,11 @@ def _add(
     def watched(path, spec, weight):
         if not meets_activations(spec):
             return weight
-        size = _stack_shape(path, specs, cfg)
+        size = _stack_shape(path, spec, specs, cfg)
         see = functools.partial(_met, seen, path, size, valid)
         return Observed(weight, see)
 
-    context = {name: batch.get(name) for name in ("segment_ids", "lengths")}
+    context = fold.context(batch)
     observed = axes.map_specs(watched, specs, params)
     # A tap makes the experts' hidden activations visible.
     hidden = hidden_states(

@@ -72,6 +72,11 @@ def checked(batch: Batch, cfg: ModelConfig) -> dict[str, np.ndarray]:
     return {n: a if n == "valid" else a.astype(np.int32) for n, a in arrays.items()}
 
 
+def context(batch: Mapping[str, Array]) -> dict[str, Array | None]:
+    """What a forward pass is told beside the tokens."""
+    return {name: batch.get(name) for name in ("segment_ids", "lengths")}
+
+
 def valid_tokens(batch: Mapping[str, Array]):
     """Which tokens count: bool [b, t]."""
     valid = batch.get("valid", jnp.ones(batch["tokens"].shape, bool))

@@ -335,7 +335,7 @@ def _expert_metrics(mass, routed) -> dict[str, tuple[np.ndarray, ...]]:
 
 
 def _forward(params, batch, cfg: ModelConfig, **options) -> Float[Array, "b t d"]:
-    context = {name: batch.get(name) for name in ("segment_ids", "lengths")}
+    context = fold.context(batch)
     return hidden_states(params, batch["tokens"], cfg, **context, **options)
 
 

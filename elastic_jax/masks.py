@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from elastic_jax.axes import AXES, Counts, Size, blocks_with
 
@@ -142,6 +142,30 @@ def live(masks: LayerMasks, axis: str, size: int) -> Float[Array, "..."] | int:
     """How many units of `axis` are live: an int, or sum(mask) of shape [] or [b, t]."""
     mask = masks.get(axis)
     return size if mask is None else jnp.sum(mask, -1)
+
+
+def extent(masks: LayerMasks, axis: str) -> Int[Array, ""] | None:
+    """How many leading units of `axis` may matter; None is all, known while tracing.
+
+    For kernels, which skip what lies behind. A mask that is being differentiated gets
+    its whole width: it learns from units that it switches off as well.
+    """
+    mask = masks.get(axis)
+    return None if mask is None else _last_live(mask)
+
+
+@jax.custom_vjp
+def _last_live(mask: Float[Array, "*bt size"]) -> Int[Array, ""]:
+    places = jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(mask != 0, places, 1))
+
+
+def _last_live_forward(mask):
+    whole = jnp.int32(mask.value.shape[-1])
+    return (whole if mask.perturbed else _last_live(mask.value)), ()
+
+
+_last_live.defvjp(_last_live_forward, lambda _, count: (None,), symbolic_zeros=True)
 
 
 def varies_along_time(masks: LayerMasks) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of tokens from documents of any length, and the documents that are held out.
+"""Rows of tokens from documents of any length, batches, and what is held out.
 
     T context
 
@@ -12,6 +12,7 @@ random place in every segment, the same whenever the row is asked for.
 import functools
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +125,25 @@ class Rows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return (index if self.only is None else self.only[index]) * self.context
+
+
+def stacked(
+    source: Sequence[Mapping[str, np.ndarray]], batch: int
+) -> list[dict[str, np.ndarray]]:
+    """All examples in batches of one shape: behind the last stand zeros."""
+    examples = [source[i] for i in range(len(source))]
+    nothing = {name: np.zeros_like(array) for name, array in examples[0].items()}
+    examples += [nothing] * (-len(examples) % batch)
+    return [
+        {k: np.stack([e[k] for e in examples[i : i + batch]]) for k in nothing}
+        for i in range(0, len(examples), batch)
+    ]
+
+
+def read(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch as a pass over calibration data takes it: padding counts for nothing."""
+    segments = batch["segment_ids"]
+    return {"tokens": batch["tokens"], "segment_ids": segments, "valid": segments > 0}
 
 
 def split(documents: Documents, held_out: float) -> dict[str, Documents]:

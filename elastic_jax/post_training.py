@@ -21,7 +21,7 @@ from elastic_jax.checkpoint import Nested, open_nested, save_nested
 from elastic_jax.corpus import read_corpus
 from elastic_jax.directories import check_free
 from elastic_jax.model import param_specs
-from elastic_jax.packing import Rows
+from elastic_jax.packing import Rows, read, stacked
 from elastic_jax.quantization_error import Error, quantization_errors
 from elastic_jax.quantize import Recipe, formats, quantize, table
 
@@ -106,6 +106,11 @@ def quantize_nested(
         raise ValueError(f"{path} is what is read: take another path")
     check_free(path, overwrite=overwrite)
     nested = open_nested(checkpoint)
+    if nested.formats:
+        raise ValueError(
+            f"{checkpoint} is quantized already: quantize the checkpoint that it was "
+            "made from"
+        )
     cfg, specs = nested.cfg, param_specs(nested.cfg)
     formats(specs, cfg, recipe)  # before anything is read
     batches = None if calibration is None else _batches(nested, calibration)
@@ -155,17 +160,7 @@ def _batches(nested: Nested, text: CalibrationText) -> Sequence[dict[str, np.nda
         )
     rows = Rows(corpus.documents, text.context)
     rows = rows.spread(min(text.rows, len(rows)))
-    each = [rows[i] for i in range(len(rows))]
-    nothing = {name: np.zeros_like(array) for name, array in each[0].items()}
-    each += [nothing] * (-len(each) % text.batch)
-    return [
-        {
-            "tokens": np.stack([row["tokens"] for row in part]),
-            "segment_ids": np.stack([row["segment_ids"] for row in part]),
-            "valid": np.stack([row["segment_ids"] > 0 for row in part]),
-        }
-        for part in (each[i : i + text.batch] for i in range(0, len(each), text.batch))
-    ]
+    return [read(batch) for batch in stacked(rows, text.batch)]
 
 
 def _calibrated(

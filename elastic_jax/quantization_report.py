@@ -1,8 +1,7 @@
 """The report of one nested checkpoint, quantized: a page and a plot.
 
 It takes plain rows and never parameters, as `report` does, whose looks it shares. Arms
-are compared within a seed, and then over seeds; where a difference is smaller than
-chance between seeds or between problems, that is what is said.
+are compared within a seed, and then over seeds: beside a mean stands its range.
 """
 
 import os

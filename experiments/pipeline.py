@@ -36,10 +36,10 @@ from elastic_jax.elastic import Elastic, settled_counts
 from elastic_jax.importance import calibrate, depth_importance
 from elastic_jax.latency_grid import PHASES
 from elastic_jax.manifest import plain
+from elastic_jax.packing import read, stacked
 from elastic_jax.router import budget_input, make_router
 from experiments import parents
 from experiments.settings import Plan, with_table
-from experiments.sources import stacked
 
 SNAPSHOTS = (50, 100)  # steps at which divergences are compared
 console = Console()
@@ -347,14 +347,8 @@ def calibration_batches(plan: Plan, rows: int) -> list[dict[str, Any]]:
 
 def read_batches(plan: Plan) -> list[dict[str, Any]]:
     """The calibration batches as a pass over them takes them."""
-    return [
-        {
-            "tokens": batch["tokens"],
-            "segment_ids": batch["segment_ids"],
-            "valid": batch["segment_ids"] > 0,
-        }
-        for batch in calibration_batches(plan, plan.values["calibration"]["rows"])
-    ]
+    rows = plan.values["calibration"]["rows"]
+    return [read(batch) for batch in calibration_batches(plan, rows)]
 
 
 def scores(plan: Plan, workdir: Workdir, params: Any):

@@ -7,6 +7,7 @@ budget is what that checkpoint restores: no size is quantized on its own. Bytes 
 those of stored weights, all that is not quantized in BF16; computing is in float32.
 """
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,9 +19,8 @@ import jax.numpy as jnp
 import elastic_jax as ej
 from elastic_jax import checkpoint, convert, fold, quantization_report
 from elastic_jax.calibration import InputStatistics, input_statistics
-from elastic_jax.elastic import Elastic
 from elastic_jax.manifest import plain
-from elastic_jax.quantization_error import quantization_errors
+from elastic_jax.quantization_error import Error, quantization_errors
 from elastic_jax.quantize import names, size_bytes, table
 from elastic_jax.quantized_training import QuantizedTraining, quantized_objective
 from elastic_kernels import QuantArray
@@ -29,6 +29,7 @@ from experiments.settings import ARMS, Plan
 
 FILE = "quantization.json"
 REFERENCE = "bf16"  # the arm that the others are measured by
+NUMBERS = Error._fields[2:]
 LOSSES = {"qad": "distillation", "qat": "cross_entropy"}
 
 
@@ -100,13 +101,7 @@ class Seed:
             allow_changes=allow_changes,
         )
         self.params = state.params
-        self.elastic = Elastic(
-            cfg=plan.cfg,
-            teacher=state.params,
-            router=elastic.router,
-            budgets=plan.budgets,
-            seed=self.plan.values["seed"],
-        )
+        self.elastic = dataclasses.replace(elastic, teacher=state.params)
         self.inputs = self._calibrated()
 
     def _calibrated(self) -> InputStatistics:
@@ -149,7 +144,7 @@ class Seed:
             row = {
                 "arm": arm,
                 "budget": name,
-                "memory_bytes": size_bytes(opened.restore(name)[0]),
+                "memory_bytes": size_bytes(opened.lazy(name)[0]),
                 "disk_bytes": _alone_on_disk(path, name),
                 "nested_disk_bytes": opened.size_bytes,
                 "errors": errors,
@@ -175,7 +170,13 @@ class Seed:
         errors = quantization_errors(params, packed, specs)
         named = names(specs, plan.cfg)
         return packed, [
-            {"name": named[e.path], "block": _block(e.path)} | _plain(e) for e in errors
+            {
+                "name": named[path],
+                "block": path[1] if path[0] == "layers" else None,
+                "format": format,
+            }
+            | dict(zip(NUMBERS, numbers, strict=True))
+            for path, format, *numbers in errors
         ]
 
     def _trained(self, arm: str, rounding: Mapping[str, Any]) -> Any:
@@ -210,10 +211,7 @@ class Seed:
 def _tables(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Arm -> the bytes that each choice of its recipe costs, of the whole parent."""
     specs = ej.param_specs(plan.cfg)
-    return {
-        arm: table(specs, plan.cfg, recipe)
-        for arm, recipe in plan.recipes.items()
-    }
+    return {arm: table(specs, plan.cfg, r) for arm, r in plan.recipes.items()}
 
 
 def _in_bf16(params: Any) -> Any:
@@ -231,13 +229,3 @@ def _alone_on_disk(path, budget: str) -> int:
     size = ej.open_nested(alone).size_bytes
     shutil.rmtree(alone)
     return size
-
-
-def _block(path) -> int | None:
-    return path[1] if path[0] == "layers" else None
-
-
-def _plain(error) -> dict[str, Any]:
-    values = error._asdict()
-    del values["path"]
-    return values

@@ -20,7 +20,7 @@ from elastic_jax.corpus import Corpus, read_corpus
 from elastic_jax.data import Mixture, Source
 from elastic_jax.distill import cross_entropy_loss
 from elastic_jax.measures import BITS_PER_BYTE, EXACT_ANSWERS, Measure
-from elastic_jax.packing import Rows, split
+from elastic_jax.packing import Rows, split, stacked
 from experiments.tasks import EOS, Problem, ReasoningTask, prompts, score
 
 Groups = Mapping[str, Mapping[str, Any]]
@@ -229,17 +229,6 @@ def _nats(params, rows, cfg):
     head, weights = params["lm_head"], rows["weights"]
     mean = cross_entropy_loss(hidden, head, rows["targets"], weights=weights)
     return mean * jnp.sum(weights)
-
-
-def stacked(source: Source, batch: int) -> list[dict[str, np.ndarray]]:
-    """All examples in batches of one shape: behind the last stand zeros."""
-    examples = [source[i] for i in range(len(source))]
-    nothing = {name: np.zeros_like(array) for name, array in examples[0].items()}
-    examples += [nothing] * (-len(examples) % batch)
-    return [
-        {k: np.stack([e[k] for e in examples[i : i + batch]]) for k in nothing}
-        for i in range(0, len(examples), batch)
-    ]
 
 
 def all_made(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:

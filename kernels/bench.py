@@ -39,6 +39,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+try:
+    import jaxtyping  # noqa: F401
+except ImportError:  # a machine with JAX and Triton alone: shapes are annotations only
+
+    class Shaped:
+        def __class_getitem__(cls, item):
+            return jax.Array
+
+    named = dict.fromkeys(("Bool", "Float", "Int", "UInt32"), Shaped)
+    sys.modules["jaxtyping"] = types.SimpleNamespace(Array=jax.Array, **named)
+
 from elastic_kernels.timing import alternate
 
 BUDGET = 2.0  # times the error of the reference in the same dtype
@@ -203,6 +214,7 @@ OPERATIONS = {
     "expert_mlp": expert_mlp,
     "causal_attention": causal_attention,
 }
+ON_GPU = ("gated_rms_norm", "grouped_matmul")
 SLOW = ("reference", "ragged_dot")  # timed once, on their own
 
 
@@ -295,7 +307,7 @@ def measure(name, operation, case_name, case, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    names = [*OPERATIONS, "gated_rms_norm"]
+    names = [*OPERATIONS, *ON_GPU]
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="first case, few rounds")
     parser.add_argument("--json", metavar="PATH", help="write the numbers here as well")
@@ -304,6 +316,8 @@ def main():
     if options.small or jax.default_backend() == "gpu":
         return on_gpu(options)
     operations = {n: OPERATIONS[n]() for n in options.ops if n in OPERATIONS}
+    if not operations:
+        parser.error(f"{options.ops} are timed on a GPU only; here: {[*OPERATIONS]}")
 
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, one core, one thread"

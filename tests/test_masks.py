@@ -8,6 +8,7 @@ import pytest
 import elastic_jax as ej
 from elastic_jax.masks import (
     elastic,
+    extent,
     layer_masks,
     live,
     masks_from_counts,
@@ -158,3 +159,33 @@ def test_a_tap_sees_the_value_before_the_mask():
 def test_a_mask_of_the_wrong_size_does_not_broadcast(apply, size):
     with pytest.raises(ValueError, match=f"mask of ffn has {size} entries for 4 units"):
         apply(jnp.ones((1, 1, 4)), {"ffn": jnp.ones(size)}, "ffn", dim=-1)
+
+
+def test_the_extent_ends_with_the_last_unit_that_matters():
+    assert extent({}, "ffn") is None
+    for mask, want in ([1, 1, 0, 0], 2), ([0, 0.5, 0, 0], 2), ([0, 0, 0, 0], 1):
+        assert int(extent({"ffn": jnp.array(mask, float)}, "ffn")) == want
+    along_time = jnp.array([[[1.0, 0, 0], [1, 1, 0]]])
+    assert int(jax.jit(extent, static_argnums=1)({"ffn": along_time}, "ffn")) == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_mask_that_learns_has_the_extent_of_all_units(wrap):
+    """Also through a straight-through estimate, whose values are a hard prefix."""
+    w, mask = jnp.ones(4), jnp.array([1.0, 1, 0, 0])
+
+    @wrap
+    def run(w, mask):
+        n = extent({"ffn": mask}, "ffn")
+        return jnp.sum(w * mask) * n, n
+
+    grad = lambda f, i: jax.grad(f, argnums=i, has_aux=True)
+    assert int(grad(run, 0)(w, mask)[1]) == 2
+    dmask, n = grad(run, 1)(w, mask)
+    assert int(n) == 4 and dmask.tolist() == [4, 4, 4, 4]
+
+    def straight_through(logits):
+        soft = jax.nn.sigmoid(logits)
+        return run(w, mask + soft - jax.lax.stop_gradient(soft))
+
+    assert int(grad(straight_through, 0)(jnp.zeros(4))[1]) == 4

@@ -52,7 +52,7 @@ from elastic_jax.huggingface.quantized import as_lazy, formats_of
 from elastic_jax.huggingface.shards import DTYPES, INDEX, SINGLE
 from elastic_kernels import QuantArray
 
-SECONDS = float(os.environ.get("MUTATION_SECONDS", 60))
+SECONDS = float(os.environ.get("MUTATION_SECONDS", 40))
 SEED = int(os.environ.get("MUTATION_SEED", 0))
 LONGEST_SECONDS, LARGEST_GROWTH_BYTES = 1.0, 2**28
 

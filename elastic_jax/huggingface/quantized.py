@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from elastic_jax import axes
@@ -25,13 +26,10 @@ from elastic_jax.parts import E4M3
 from elastic_kernels import FakeQuant, QuantArray
 
 # Scheme -> format -> part of a `QuantArray` -> what stands for `weight` in the name.
+FP8 = {"values": "weight", "scale": "weight_scale", "input_scale": "input_scale"}
 SUFFIXES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     MODELOPT: {
-        "fp8": {
-            "values": "weight",
-            "scale": "weight_scale",
-            "input_scale": "input_scale",
-        },
+        "fp8": FP8,
         "nvfp4": {
             "values": "weight",
             "block_scale": "weight_scale",
@@ -40,11 +38,7 @@ SUFFIXES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         },
     },
     COMPRESSED: {
-        "fp8": {
-            "values": "weight",
-            "scale": "weight_scale",
-            "input_scale": "input_scale",
-        },
+        "fp8": FP8,
         "nvfp4": {
             "values": "weight_packed",
             "block_scale": "weight_scale",
@@ -144,14 +138,7 @@ def as_lazy(path: axes.Path, leaf: Any) -> LazyArray | QuantArray:
     if not isinstance(leaf, QuantArray):
         return lazy(leaf)
     # Each part gets a LazyArray of its own, so that a stack of experts is read once.
-    return _mapped(lazy, leaf)
-
-
-def _mapped(function, array: QuantArray) -> QuantArray:
-    names = ("values", "scale", "block_scale", "input_scale")
-    parts = {name: getattr(array, name) for name in names}
-    changed = {n: None if p is None else function(p) for n, p in parts.items()}
-    return QuantArray(**changed, axis=array.axis, dtype=array.dtype)
+    return jax.tree.map(lazy, leaf)
 
 
 def dequantized(leaf: LazyArray | QuantArray, dtype: Any) -> LazyArray:
@@ -161,7 +148,7 @@ def dequantized(leaf: LazyArray | QuantArray, dtype: Any) -> LazyArray:
     kind = np.dtype(leaf.dtype if dtype is None else dtype)
 
     def read() -> np.ndarray:
-        held = _mapped(np.asarray, leaf)
+        held = jax.tree.map(np.asarray, leaf)
         if not held.scale.ndim:
             return np.asarray(held.astype(kind))
         whole = np.empty(held.shape, kind)

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elastic_jax.axes import CacheSpec, ParamSpec
-from elastic_jax.masks import LayerMasks, elastic, live, varies_along_time, written
+from elastic_jax.masks import (
+    LayerMasks,
+    elastic,
+    extent,
+    live,
+    varies_along_time,
+    written,
+)
 from elastic_kernels import contract, gated_rms_norm, ssd
 
 HEADS = "ssm_groups heads_per_group ssm_head_dim"
@@ -138,7 +145,8 @@ def _gated_norm(
         heads = jnp.ones(r) if heads is None else heads
         channels = jnp.ones(p) if channels is None else channels
         mask = heads[..., None] * channels[..., None, :]
-    return gated_rms_norm(y, z, scale, mask=mask, live=count, eps=eps)
+    active = extent(masks, "heads_per_group")
+    return gated_rms_norm(y, z, scale, mask=mask, live=count, active=active, eps=eps)
 
 
 def _resets(segment_ids):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from elastic_jax.axes import ParamSpec
-from elastic_jax.masks import LayerMasks, elastic
+from elastic_jax.masks import LayerMasks, elastic, extent
 from elastic_kernels import contract, expert_mlp, grouped_matmul
 
 SPECS = {
@@ -42,7 +42,10 @@ def moe(
     cache=None,
     tap=None,
 ):
-    """Sends every token to `top_k` experts and the shared one; returns the update."""
+    """Sends every token to `top_k` experts and the shared one; returns the update.
+
+    Under an embed mask that does not learn, what it switches off of `x` is not read.
+    """
     experts, gates = route(params, x, masks.get("experts"), top_k, n_group, topk_group)
     y = _routed(params, x, masks, experts, gates, tap) * routed_scaling_factor
 
@@ -108,7 +111,9 @@ def _routed(params, x, masks, experts, gates, tap) -> Float[Array, "b t d"]:
 
     if tap is None:
         y = expert_mlp(
-            rows, params["up"], params["down"], chosen, weights, hidden_mask=mask
+            *(rows, params["up"], params["down"], chosen, weights),
+            hidden_mask=mask,
+            active=(extent(masks, "expert_ffn"), extent(masks, "embed")),
         )
         return y.reshape(b, t, d)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from elastic_kernels import quant_array
 from elastic_kernels.dispatch import require_capability, select
@@ -50,6 +51,18 @@ class FakeQuant:
     @property
     def steps(self) -> tuple[int, ...]:
         return self.quantized.steps
+
+    @property
+    def format(self) -> str:
+        return self.quantized.format
+
+    @property
+    def axis(self) -> int:
+        return self.quantized.axis
+
+    @property
+    def input_scale(self) -> jax.Array | None:
+        return self.quantized.input_scale
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -107,12 +120,17 @@ def contract(
         w = w.weight
     if isinstance(w, QuantArray):
         w = _not_before(x, w)
-    if _input_scale(w) is None:
+    if input_scale(w) is None:
         return jnp.einsum(equation, x, w.astype(x.dtype))
     available = {"xla": _rounded_product, "scaled": _scaled_product}
     if isinstance(w, FakeQuant):
         del available["scaled"]  # its numbers have no gradient for the weight
     return select("contract", implementation, available)(equation, x, w)
+
+
+def input_scale(w: Weight) -> jax.Array | None:
+    """Of the activations that `w` meets; None where they stay as they are."""
+    return w.input_scale if isinstance(w, QuantArray | FakeQuant) else None
 
 
 def met(x: jax.Array, w: Weight, axis: int = -1) -> jax.Array:
@@ -121,13 +139,24 @@ def met(x: jax.Array, w: Weight, axis: int = -1) -> jax.Array:
     Args:
       axis: the dimension of `x` that meets the last contracted one; negative.
     """
-    scale = _input_scale(w)
+    scale = input_scale(w)
     if scale is None:
         return x
-    format = w.quantized.format if isinstance(w, FakeQuant) else w.format
     exact = jax.lax.stop_gradient(x)
-    rounded = quant_array.rounded(exact, format, axis=axis, scale=scale)
+    rounded = quant_array.rounded(exact, w.format, axis=axis, scale=scale)
     return _straight_through(x, rounded)
+
+
+def met_by_choice(
+    x: Float[Array, "m c d"], w: Weight, experts: Int[Array, "m c"]
+) -> Float[Array, "m c d"]:
+    """As `met`, where each row meets the one of a stack of weights that it chose."""
+    scale = input_scale(w)
+    if scale is None:
+        return x
+    of_row = functools.partial(quant_array.rounded, format=w.format, axis=-1)
+    by_row = jax.vmap(jax.vmap(lambda row, scale: of_row(row, scale=scale)))
+    return _straight_through(x, by_row(jax.lax.stop_gradient(x), scale[experts]))
 
 
 def _not_before(x: jax.Array, w: QuantArray) -> QuantArray:
@@ -144,12 +173,6 @@ def _not_before(x: jax.Array, w: QuantArray) -> QuantArray:
     first = x[(0,) * x.ndim]
     never = (first != first) & (first == first)
     return dataclasses.replace(w, scale=jnp.where(never, 0.0, w.scale))
-
-
-def _input_scale(w: Weight) -> jax.Array | None:
-    if isinstance(w, FakeQuant):
-        return w.quantized.input_scale
-    return w.input_scale if isinstance(w, QuantArray) else None
 
 
 def _rounded_product(equation: str, x: jax.Array, w: QuantArray | FakeQuant):
@@ -214,9 +237,8 @@ def _free_dims(equation: str, x: jax.Array, w: QuantArray) -> tuple[tuple, tuple
 
 def _met_axis(equation: str, w: QuantArray | FakeQuant) -> int:
     """The dimension of the activations that meets the weight's last contracted one."""
-    axis = w.quantized.axis if isinstance(w, FakeQuant) else w.axis
     x_dims, w_dims = equation.split("->")[0].split(",")
-    return x_dims.index(w_dims[axis]) - len(x_dims)
+    return x_dims.index(w_dims[w.axis]) - len(x_dims)
 
 
 @jax.custom_jvp

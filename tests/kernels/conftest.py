@@ -1,5 +1,6 @@
 """Kernels without a GPU: run in Triton's interpreter, or compiled to machine code."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -37,5 +38,24 @@ def interpret() -> Callable[[str], None]:
         )
         assert done.returncode == 0, done.stdout
         assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def deviceless() -> Callable[..., dict[str, int]]:
+    """Runs `deviceless.py`, by itself: a compiler that fails may end its process."""
+
+    def run(*arguments: str) -> dict[str, int]:
+        roots = f"{HERE.parents[1]}{os.pathsep}{HERE.parents[1] / 'kernels'}"
+        done = subprocess.run(
+            [sys.executable, str(HERE / "deviceless.py"), *arguments],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": roots},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run

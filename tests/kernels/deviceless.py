@@ -1,10 +1,15 @@
-"""Lowers or compiles a whole train step for a GPU that is not here; run by test_aot.
+"""Lowers or compiles for a GPU that is not here; run by tests.
 
-    python tests/kernels/deviceless.py lower | compile
+    python tests/kernels/deviceless.py lower | compile train | scan | mosaic
 
-Prints one JSON line: how many kernels the program calls, and, compiled, its bytes.
+`train` is a whole train step with Triton's kernels, in a toy's sizes; `scan` and
+`mosaic` are the scan by Triton's and the grouped product by Mosaic's, with gradients,
+in those of Nemotron 3 Nano. Prints one JSON line: how many kernels the program calls,
+and, compiled, its bytes.
 """
 
+import contextlib
+import functools
 import json
 import sys
 
@@ -15,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import elastic_jax as ej
 from elastic_jax import train
-from elastic_kernels import dispatch
+from elastic_kernels import dispatch, ssd
+from elastic_kernels.grouped_matmul.api import grouped_matmul
 
 # XLA's description of a GPU, in its text form; numbers of an H100 with 80 GB.
 H100 = """
@@ -71,36 +77,82 @@ def arguments():
     return jax.eval_shape(make)
 
 
-def main(what: str) -> None:
-    shapes = arguments()
-    with dispatch.target(90):
-        if what == "lower":
-            traced = jax.jit(step).trace(*shapes)
-            text = traced.lower(lowering_platforms=("cuda",)).as_text()
-            print(json.dumps({"kernels": text.count("@triton_kernel_call")}))
-            return
-        from jax.experimental import topologies
+def scan(*inputs):
+    y, pull = jax.vjp(lambda *a: ssd(*a, implementation="triton")[0], *inputs)
+    return y, pull(y)
 
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x1"
-        )
-        mesh = topologies.make_mesh(topology, (1,), ("data",))
-        whole = NamedSharding(mesh, PartitionSpec())
-        shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes
-        )
-        with jax.set_mesh(mesh):
-            lowered = jax.jit(step).lower(*shapes)
-            compiled = lowered.compile()
-        print(
-            json.dumps(
-                {
-                    "kernels": lowered.as_text().count("@triton_kernel_call"),
-                    "temporaries_bytes": compiled.memory_analysis().temp_size_in_bytes,
-                }
-            )
-        )
+
+def scan_arguments():
+    of, (b, t, g, r, p, n) = jax.ShapeDtypeStruct, (2, 8192, 8, 8, 64, 128)
+    heads, narrow, wide = of((g, r), jnp.float32), jnp.bfloat16, jnp.float32
+    x, dt, shared = (b, t, g, r, p), (b, t, g, r), (b, t, g, n)
+    B = C = of(shared, narrow)
+    return of(x, narrow), of(dt, wide), heads, B, C, heads
+
+
+def mosaic(x, w, experts):
+    product = functools.partial(grouped_matmul, implementation="mosaic")
+    y, pull = jax.vjp(lambda x, w: product(x, w, experts), x, w)
+    return y, pull(y)
+
+
+def mosaic_arguments():
+    of = jax.ShapeDtypeStruct
+    rows, weights = (2048, 6, 2688), (128, 2688, 1856)
+    return (
+        of(rows, jnp.bfloat16),
+        of(weights, jnp.bfloat16),
+        of(rows[:2], jnp.int32),
+    )
+
+
+PROGRAMS = {  # the function, its arguments, what calls of its kernels look like
+    "train": (step, arguments, "@triton_kernel_call"),
+    "scan": (scan, scan_arguments, "@triton_kernel_call"),
+    "mosaic": (mosaic, mosaic_arguments, "@mosaic_gpu_v2"),
+}
+
+
+def abstract_gpu():
+    """Names the device to JAX; before 0.11 it does not ask, and has no name for one."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    kind = {"device_kind": "NVIDIA H100 80GB HBM3", "num_cores": 132, "platform": "gpu"}
+    device = jax.sharding.AbstractDevice(**kind)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def main(what: str, which: str) -> None:
+    function, make, call = PROGRAMS[which]
+    shapes = make()
+    if what == "lower":
+        with dispatch.target(90), abstract_gpu():
+            traced = jax.jit(function).trace(*shapes)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        print(json.dumps({"kernels": text.count(call)}))
+        return
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H100, topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("data",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes
+    )
+    with dispatch.target(90), jax.set_mesh(mesh):
+        lowered = jax.jit(function).lower(*shapes)
+        compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    found = {
+        "kernels": lowered.as_text().count(call),
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "given_bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """The kernels of grouped products in Triton's interpreter; run by
 test_grouped_matmul_triton."""
 
+import dataclasses
 import functools
 
 import jax
@@ -29,8 +30,8 @@ def hidden_mask(kind, case):
     return None if kind is None else jnp.maximum(random(7, *shape[kind]), 0)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def run(arguments, mask, active, implementation="triton"):
+@functools.partial(jax.jit, static_argnames="implementation")
+def run(arguments, mask, active=(None, None), implementation="triton"):
     """The output and the gradient of every float argument."""
     x, up, down, experts, gates = arguments
     options = {"active": active, "implementation": implementation}
@@ -75,11 +76,11 @@ def halved(tree):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     arguments = cases.inputs(CASES[name])
-    exact = run(arguments, None, None, "reference")
-    assert_close(run(arguments, None, None), exact)
+    exact = run(arguments, None, implementation="reference")
+    assert_close(run(arguments, None), exact)
 
     narrow = halved(arguments)
-    plain, got = run(narrow, None, None, "reference"), run(narrow, None, None)
+    plain, got = run(narrow, None, implementation="reference"), run(narrow, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float16")}
     assert_in_budget(got, plain, exact)
 
@@ -103,7 +104,7 @@ def test_masks_and_active_widths(widths, kind):
     arguments, mask = cases.inputs(CASES["tiles"]), hidden_mask(kind, CASES["tiles"])
     widths = f, d = tuple(map(jnp.int32, widths))
     got = run(arguments, mask, widths)
-    assert_close(got, run(arguments, mask, widths, "reference"))
+    assert_close(got, run(arguments, mask, widths, implementation="reference"))
     y, (dx, dup, ddown, _, dmask) = got
     assert not y[:, d:].any() and not dx[:, d:].any()
     assert not dup[:, d:].any() and not dup[:, :, f:].any()
@@ -135,8 +136,8 @@ def test_one_executable_serves_every_width():
 def test_weights_may_be_wider_than_activations():
     x, up, down, experts, gates = cases.inputs(CASES["uneven"])
     x, gates = halved((x, gates))
-    got = run((x, up, down, experts, gates), None, None)
-    want = run((x, up, down, experts, gates), None, None, "reference")
+    got = run((x, up, down, experts, gates), None)
+    want = run((x, up, down, experts, gates), None, implementation="reference")
     assert got[1][1].dtype == got[1][2].dtype == jnp.float32
     for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert g.dtype == w.dtype and error(g, w) < 5e-3
@@ -221,12 +222,31 @@ def test_fake_experts_learn_as_the_rounded_ones():
     assert_close(got, want)
 
 
-def test_inputs_that_would_be_rounded_are_refused():
-    x, up, down, experts, gates = cases.inputs(CASES["tiles"])
-    scaled = packed(up, "nvfp4", input_scale=jnp.ones(len(up)))
-    for w in (scaled, FakeQuant(up, scaled)):
-        with pytest.raises(NotImplementedError, match="input_scale"):
-            expert_mlp(x, w, down, experts, gates, implementation="triton")
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_inputs_are_rounded_by_the_scale_of_the_expert_they_chose(format):
+    """Stored weights and trained ones, under a mask and widths that cut a tile."""
+    case = CASES["tiles"]
+    x, up, down, experts, gates = cases.inputs(case)
+    scales = [jnp.geomspace(0.002, 0.02, case.e), jnp.geomspace(0.02, 0.002, case.e)]
+    stored = [packed(w, format, s) for w, s in zip((up, down), scales, strict=True)]
+    mask, active = hidden_mask("channels", case), (jnp.int32(80), jnp.int32(48))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def both(x, weights, implementation):
+        def f(x, gates, weights):
+            options = {"active": active, "implementation": implementation}
+            fakes = [FakeQuant(w, q) for w, q in zip(weights, stored, strict=True)]
+            run = functools.partial(expert_mlp, hidden_mask=mask, **options)
+            return run(x, *stored, experts, gates), run(x, *fakes, experts, gates)
+
+        y, pull = jax.vjp(f, x, gates, weights)
+        return y, pull(jax.tree.map(jnp.cos, y))
+
+    want = both(x, (up, down), "reference")
+    assert_close(both(x, (up, down), "triton"), want)
+    plain = [dataclasses.replace(q, input_scale=None) for q in stored]
+    exact = expert_mlp(x, *plain, experts, gates, hidden_mask=mask, active=active)
+    assert error(exact, want[0][0]) > 100 * ROUNDING  # rounding them is no trifle
 
 
 def test_composes_with_vmap_and_checkpoint():

@@ -1,20 +1,15 @@
-"""The whole train step, kernels included, compiles for a GPU that is not here."""
+"""What runs on a GPU compiles for one that is not here."""
 
 import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
 NEEDED = "triton", "jax_triton", "jax_cuda13_plugin"
 ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 # Of `ej.presets.tiny("ME*M-")`: forward, and what each saves or learns behind it.
 MAMBA, EXPERTS = 4 + 2, 6  # a scan and its norm; the products of experts
+TRAIN_STEP = 2 * MAMBA + EXPERTS
 
 pytestmark = [
     pytest.mark.aot,
@@ -24,25 +19,18 @@ pytestmark = [
 ]
 
 
-def run(what):
-    """In a process of its own: a compiler that fails may end it."""
-    roots = f"{HERE.parents[1]}{os.pathsep}{HERE.parents[1] / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, str(HERE / "deviceless.py"), what],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": roots},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def test_the_train_step_lowers_for_cuda(deviceless):
+    assert deviceless("lower", "train") == {"kernels": TRAIN_STEP}
 
 
-def test_the_train_step_lowers_for_cuda():
-    assert run("lower") == {"kernels": 2 * MAMBA + EXPERTS}
-
-
-def test_the_train_step_compiles_for_an_h100():
-    found = run("compile")
-    assert found["kernels"] == 2 * MAMBA + EXPERTS
+@pytest.mark.parametrize("program, kernels", [("train", TRAIN_STEP), ("mosaic", 3)])
+def test_it_compiles_for_an_h100(deviceless, program, kernels):
+    found = deviceless("compile", program)
+    assert found["kernels"] == kernels
     assert found["temporaries_bytes"] > 0
+
+
+def test_the_scan_and_its_gradient_need_little_memory_beside_their_own(deviceless):
+    found = deviceless("compile", "scan")
+    assert found["kernels"] == 4
+    assert found["temporaries_bytes"] <= 2 * found["given_bytes"]

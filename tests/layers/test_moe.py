@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import elastic_jax.layers.moe as moe_layer
 from elastic_jax.layers.moe import SPECS, moe, route
+from elastic_jax.masks import prefix_mask
 
 SIZES = {"embed": 6, "experts": 8, "expert_ffn": 5, "shared_ffn": 7}
 TIGHT = {"rtol": 1e-11, "atol": 1e-13}
@@ -237,3 +239,29 @@ def test_a_tap_changes_nothing_and_sees_every_choice(params):
     np.testing.assert_allclose(seen["shared_ffn"], shared, **TIGHT)
     routed = 2.5 * jnp.sum(gates[..., None] * outputs, axis=2)
     np.testing.assert_allclose(y, routed + shared @ params["shared_down"], **TIGHT)
+
+
+def test_what_a_given_mask_switches_off_is_no_part_of_the_products(params, monkeypatch):
+    """Kernels are told how wide it is; a mask that learns is computed whole."""
+    told = []
+    original = moe_layer.expert_mlp
+
+    def listening(*arguments, active, **options):
+        jax.debug.callback(lambda *n: told.append(tuple(map(int, n))), *active)
+        return original(*arguments, active=active, **options)
+
+    monkeypatch.setattr(moe_layer, "expert_mlp", listening)
+    x = random(2, 4, 6) * prefix_mask(4, 6)
+    masks = {"expert_ffn": prefix_mask(3, 5), "embed": prefix_mask(4, 6)}
+
+    def loss(params, masks):
+        update = run.__wrapped__(params, x, masks)
+        return jnp.sum(jnp.sin(update * masks["embed"]))
+
+    given = jax.grad(loss)(params, masks)
+    learnt = jax.grad(loss, argnums=(0, 1))(params, masks)
+    jax.effects_barrier()
+    assert told == [(3, 4), (5, 6)]
+    assert learnt[1]["expert_ffn"][3:].all()
+    np.testing.assert_allclose(given["up"][:, :4], learnt[0]["up"][:, :4], **TIGHT)
+    np.testing.assert_array_equal(given["up"][..., 3:], 0)

@@ -19,7 +19,7 @@ def causal_attention(
     v: Float[Array, "b s k h"],
     *,
     segment_ids: Int[Array, "b t"] | None = None,
-    offset: Int[Array, "b"] | None = None,
+    offset: Int[Array, " b"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t k q h"]:
     """Averages the values a query may see, weighted by `softmax(q . k / sqrt(h))`.

@@ -13,7 +13,7 @@ def causal_attention(
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     segment_ids: Int[Array, "b t"] | None = None,
-    offset: Int[Array, "b"] | None = None,
+    offset: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b t k q h"]:
     (b, t, _, _, h), s = q.shape, k.shape[1]
     held = jnp.zeros(b, jnp.int32) if offset is None else offset

@@ -33,7 +33,7 @@ def causal_attention(
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     segment_ids: Int[Array, "b t"] | None = None,
-    offset: Int[Array, "b"] | None = None,
+    offset: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b t k q h"]:
     return _attend(q, k.astype(q.dtype), v.astype(q.dtype), segment_ids, offset)
 

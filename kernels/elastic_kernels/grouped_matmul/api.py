@@ -23,6 +23,8 @@ from elastic_kernels.grouped_matmul import reference, xla
 from elastic_kernels.products import FakeQuant, Observed
 from elastic_kernels.quant_array import QuantArray
 
+Width = Int[Array, ""] | int | None
+
 
 def grouped_matmul(
     x: Float[Array, "m c d"],
@@ -37,7 +39,8 @@ def grouped_matmul(
       x: one row per (token, choice).
       w: one matrix per expert; used in the dtype of `x`.
       experts: which matrix, in [0, e). Not checked: the values are traced.
-      implementation: see `elastic_kernels.dispatch.select`.
+      implementation: see `elastic_kernels.dispatch.select`. "mosaic", for Hopper, is
+        experimental and runs only where it is named.
 
     Returns:
       The products, in the dtype of `x`, accumulated in at least float32.
@@ -52,6 +55,7 @@ def grouped_matmul(
         "reference": reference.grouped_matmul,
         "xla": xla.grouped_matmul,
         "triton": lazy("elastic_kernels.grouped_matmul.triton", "grouped_matmul"),
+        "mosaic": lazy("elastic_kernels.grouped_matmul.mosaic", "grouped_matmul"),
     }
     chosen = select("grouped_matmul", implementation, available)
     if isinstance(w, Observed):
@@ -68,7 +72,7 @@ def expert_mlp(
     gates: Float[Array, "m c"],
     *,
     hidden_mask: Float[Array, "*m f"] | None = None,
-    active: tuple[Int[Array, ""] | int, Int[Array, ""] | int] | None = None,
+    active: tuple[Width, Width] = (None, None),
     implementation: str | None = None,
 ) -> Float[Array, "m d"]:
     """Sends each token through its chosen experts and sums their outputs by gate.
@@ -88,7 +92,7 @@ def expert_mlp(
       gates: the weight of each choice.
       hidden_mask: factors on the hidden channels, [f] for all tokens or [m f].
       active: how many hidden channels and how many channels of `x` count, traced or
-        not. Those behind them are as if the arrays ended there: they are read as zeros,
+        not; None is all. Those behind are as if the arrays ended there: read as zeros,
         and results and gradients, of the hidden mask as well, are exact zeros. The
         Triton form costs what these widths cost; the others cost the full ones.
       implementation: see `elastic_kernels.dispatch.select`.
@@ -109,8 +113,7 @@ def expert_mlp(
     if hidden_mask is not None:
         whole = (f,) if hidden_mask.ndim == 1 else (m, f)
         _check_shape("expert_mlp", "hidden_mask", hidden_mask, whole)
-    if active is not None:
-        _check_active(active, (f, d))
+    _check_active(active, (f, d))
     available = {
         "reference": _masking(reference.expert_mlp),
         "xla": _masking(xla.expert_mlp),
@@ -124,15 +127,16 @@ def _masking(expert_mlp: Callable) -> Callable:
     """Gives active widths to a form that has none, by zeros in what lies behind."""
 
     def call(x, up, down, experts, gates, mask, active):
-        if active is None:
+        f, d = active
+        if f is not None:
+            one = jnp.ones((), x.dtype)
+            live = jnp.arange(up.shape[2]) < f
+            mask = jnp.where(live, one if mask is None else mask, 0)
+        if d is None:
             return expert_mlp(x, up, down, experts, gates, mask)
-        f, d = (
-            jnp.arange(width) < n
-            for width, n in zip((up.shape[2], up.shape[1]), active, strict=True)
-        )
-        mask = jnp.where(f, jnp.ones((), x.dtype) if mask is None else mask, 0)
-        x = jnp.where(d, x, 0)
-        return jnp.where(d, expert_mlp(x, up, down, experts, gates, mask), 0)
+        live = jnp.arange(up.shape[1]) < d
+        y = expert_mlp(jnp.where(live, x, 0), up, down, experts, gates, mask)
+        return jnp.where(live, y, 0)
 
     return call
 

@@ -13,7 +13,6 @@ executable. Tails of results and gradients are exact zeros.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +21,13 @@ from jaxtyping import Array, Float, Int
 from elastic_kernels import dispatch
 from elastic_kernels import launch as launching
 from elastic_kernels.grouped_matmul import kernels
+from elastic_kernels.grouped_matmul.schedule import schedule_of
 from elastic_kernels.grouped_matmul.xla import block_size
-from elastic_kernels.products import FakeQuant
+from elastic_kernels.products import FakeQuant, input_scale, met_by_choice
 from elastic_kernels.quant_array import QuantArray
 
 DTYPES = ("float32", "bfloat16", "float16")
 Weight = jax.Array | QuantArray | FakeQuant
-
-
-class Schedule(NamedTuple):
-    """Rows in the order of their experts, and how they are cut into tiles."""
-
-    order: Int[Array, " n"]  # the row at each place
-    ends: Int[Array, " e+1"]  # the first place of each expert
-    tiles: Int[Array, "tiles 3"]  # expert or -1, first place, place behind the last
 
 
 def grouped_matmul(
@@ -48,7 +40,7 @@ def grouped_matmul(
     Raises:
       NotImplementedError: as `expert_mlp`.
     """
-    w = _taken("grouped_matmul", x, w)
+    x, w = met_by_choice(x, w, experts), _taken("grouped_matmul", x, w)
     live = jnp.array([x.shape[2], w.shape[2]], jnp.int32)
     x, w, experts, live = _alike(x, w, experts, live)
     return _grouped_matmul(x, w, experts, live)
@@ -61,19 +53,22 @@ def expert_mlp(
     experts: Int[Array, "m c"],
     gates: Float[Array, "m c"],
     hidden_mask: Float[Array, "*m f"] | None = None,
-    active: tuple | None = None,
+    active: tuple = (None, None),
 ) -> Float[Array, "m d"]:
     """As `elastic_kernels.expert_mlp`.
 
     Raises:
-      NotImplementedError: a dtype that the kernels do not have, a quantized weight
-        whose inputs are rounded, or a GPU older than Ampere.
+      NotImplementedError: a dtype or a packing that the kernels do not have, or a GPU
+        older than Ampere.
     """
-    up, down = (_taken("expert_mlp", x, w) for w in (up, down))
-    f, d = (up.shape[2], up.shape[1]) if active is None else active
-    live = jnp.stack([jnp.asarray(f, jnp.int32), jnp.asarray(d, jnp.int32)])
-    arguments = _alike(x, up, down, experts, gates, hidden_mask, live)
-    return _expert_mlp(*arguments)
+    taken = [_taken("expert_mlp", x, w) for w in (up, down)]
+    widths = zip((up.shape[2], up.shape[1]), active, strict=True)
+    live = [whole if n is None else n for whole, n in widths]
+    live = jnp.stack([jnp.asarray(n, jnp.int32) for n in live])
+    x, taken, *others = _alike(x, taken, experts, gates, hidden_mask, live)
+    if input_scale(up) is None and input_scale(down) is None:
+        return _expert_mlp(x, *taken, *others)
+    return _rounding_mlp(x, (up, down), taken, *others)
 
 
 def _taken(operation: str, x: jax.Array, w: Weight) -> jax.Array | QuantArray:
@@ -83,12 +78,6 @@ def _taken(operation: str, x: jax.Array, w: Weight) -> jax.Array | QuantArray:
       NotImplementedError: they do not.
     """
     dispatch.require_capability(operation)
-    quantized = w.quantized if isinstance(w, FakeQuant) else w
-    if isinstance(quantized, QuantArray) and quantized.input_scale is not None:
-        raise NotImplementedError(
-            f"{operation}: this weight has an input_scale, and the Triton kernels do "
-            "not round activations; use implementation='xla', or weights without one"
-        )
     if isinstance(w, QuantArray) and (w.axis != -2 or w.scale.ndim > 1):
         raise NotImplementedError(
             f"{operation}: the Triton kernels read matrices packed along axis -2 with "
@@ -142,7 +131,7 @@ def _run_mlp(x, up, down, experts, gates, mask, live, *, keep: bool):
     """The output [m d]; where `keep`, the rectified x @ up of each place [n f]."""
     (m, d), c, f, n = x.shape, experts.shape[1], up.shape[2], experts.size
     tiling = _tiling(x, n, len(up))
-    schedule = _schedule(experts, len(up), tiling["BLOCK_M"])
+    schedule = schedule_of(experts, len(up), tiling["BLOCK_M"])
     slots = len(schedule.tiles)
     of_places = jax.ShapeDtypeStruct((n, f), x.dtype)
     hidden, kept = launching.launch(
@@ -173,7 +162,7 @@ def _mlp_gradient(x, up, down, experts, gates, mask, live, kept, dy):
     """Gradients of x, up, down, gates and mask; None where nothing is learnt."""
     (m, d), c, f, n = x.shape, experts.shape[1], up.shape[2], experts.size
     tiling = _tiling(x, n, len(up))
-    schedule = _schedule(experts, len(up), tiling["BLOCK_M"])
+    schedule = schedule_of(experts, len(up), tiling["BLOCK_M"])
     slots = len(schedule.tiles)
     half = tiling | {"BLOCK_N": 64}  # the end of that kernel takes many registers
     blocks = _blocks(f, half["BLOCK_N"])
@@ -222,6 +211,25 @@ def _mlp_gradient(x, up, down, experts, gates, mask, live, kept, dy):
     return _over_choices(dx, m), dup, ddown, dgates, None if mask is None else dmask
 
 
+def _rounding_mlp(x, weights, taken, experts, gates, mask, live):
+    """Two products apart: what each meets is rounded by the scale of the chosen one.
+
+    That takes a row per choice of the inputs and of the outputs, which the fused form
+    never has.
+    """
+    (up, down), wide = weights, jnp.float32
+    x = jnp.where(jnp.arange(x.shape[1]) < live[1], x, 0)
+    rows = jnp.broadcast_to(x[:, None], (*experts.shape, x.shape[1]))
+    rows = met_by_choice(rows, up, experts)
+    active = jax.nn.relu(_grouped_matmul(rows, taken[0], experts, live[::-1]))
+    hidden = active.astype(wide) ** 2
+    if mask is not None:
+        hidden = hidden * jnp.expand_dims(mask.astype(wide), -2)
+    hidden = met_by_choice(hidden.astype(x.dtype), down, experts)
+    out = _grouped_matmul(hidden, taken[1], experts, live)
+    return jnp.sum(gates[..., None].astype(wide) * out, axis=1).astype(x.dtype)
+
+
 # --------------------------------------------------------------------- grouped_matmul
 
 
@@ -244,7 +252,7 @@ _grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 @jax.custom_batching.sequential_vmap
 def _run_grouped(x, w, experts, live):
     tiling = _tiling(x, experts.size, len(w))
-    schedule = _schedule(experts, len(w), tiling["BLOCK_M"])
+    schedule = schedule_of(experts, len(w), tiling["BLOCK_M"])
     y = _rows(x, w, schedule, live[0:1], live[1:2], tiling, c=1, gathered=True)
     return y.reshape(*experts.shape, -1)
 
@@ -252,7 +260,7 @@ def _run_grouped(x, w, experts, live):
 @jax.custom_batching.sequential_vmap
 def _grouped_gradient(x, w, experts, live, dy):
     tiling = _tiling(x, experts.size, len(w))
-    schedule = _schedule(experts, len(w), tiling["BLOCK_M"])
+    schedule = schedule_of(experts, len(w), tiling["BLOCK_M"])
     live_in, live_out = live[0:1], live[1:2]
     options = {"c": 1, "gathered": True, "turned": True}
     dx = _rows(dy, w, schedule, live_out, live_in, tiling, **options)
@@ -261,25 +269,6 @@ def _grouped_gradient(x, w, experts, live, dy):
 
 
 # -------------------------------------------------------------------------- their parts
-
-
-def _schedule(experts: Int[Array, "m c"], count: int, block: int) -> Schedule:
-    """Sorts rows by expert, and cuts what each expert has into tiles of `block`."""
-    n = experts.size
-    keys = experts.reshape(-1).astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
-    keys = jnp.sort(keys)
-    bounds = jnp.arange(count + 1, dtype=jnp.uint32) * n
-    ends = jnp.searchsorted(keys, bounds).astype(jnp.int32)
-    of_expert = -(-jnp.diff(ends) // block)
-    behind = jnp.cumsum(of_expert)
-    tile = jnp.arange(n // block + min(count, n), dtype=jnp.int32)
-    expert = jnp.searchsorted(behind, tile, side="right").astype(jnp.int32)
-    real, expert = expert < count, jnp.minimum(expert, count - 1)
-    first = ends[expert] + (tile - (behind - of_expert)[expert]) * block
-    last = jnp.minimum(first + block, ends[expert + 1])
-    tiles = jnp.stack([expert, first, last], 1).astype(jnp.int32)
-    tiles = jnp.where(real[:, None], tiles, jnp.array([-1, 0, 0], jnp.int32))
-    return Schedule((keys % n).astype(jnp.int32), ends, tiles)
 
 
 def _tiling(x: jax.Array, rows: int, experts: int) -> dict[str, int]:

@@ -75,7 +75,7 @@ def block_size(rows: int, experts: int) -> int:
     return block if block <= 8 else 8 * math.ceil(block / 8)
 
 
-def _sorted_keys(experts: Int[Array, "n"], count: int, block: int) -> Keys:
+def _sorted_keys(experts: Int[Array, " n"], count: int, block: int) -> Keys:
     """`expert n + row`, sorted: one unsigned integer sorts far faster than a pair.
 
     A block of keys of an expert that does not exist closes the last real block.
@@ -100,15 +100,15 @@ def _over_blocks(keys: Keys, n: int, body: Callable, carry):
     return jax.lax.while_loop(lambda state: state[0] < n, step, (start, carry))[1]
 
 
-def _take(a: Array, rows: UInt32[Array, "b"]) -> Array:
+def _take(a: Array, rows: UInt32[Array, " b"]) -> Array:
     return a.at[rows].get(mode="fill", fill_value=0)
 
 
-def _add(a: Array, rows: UInt32[Array, "b"], value: Array) -> Array:
+def _add(a: Array, rows: UInt32[Array, " b"], value: Array) -> Array:
     return a.at[rows].add(value.astype(a.dtype), mode="drop")
 
 
-def _mask_rows(mask: Array | None, tokens: UInt32[Array, "b"]) -> Array | float:
+def _mask_rows(mask: Array | None, tokens: UInt32[Array, " b"]) -> Array | float:
     if mask is None:
         return 1.0
     return _take(mask, tokens) if mask.ndim > 1 else mask
@@ -162,7 +162,7 @@ def _wide(x: Array) -> jnp.dtype:
 def _rows_matmul(
     x: Float[Array, "n d"],
     w: Float[Array | QuantArray | FakeQuant, "e d f"],
-    experts: Int[Array, "n"],
+    experts: Int[Array, " n"],
 ) -> Float[Array, "n f"]:
     return _rows_matmul_forward(x, w, experts)[0]
 
