@@ -265,7 +265,8 @@ def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
         ax.set_xlabel(claim.across)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
-        tilted = {"rotation": 30, "ha": "right"} if len(groups) > 4 else {}
+        crowded = len(groups) > 4 or sum(map(len, groups)) > 80
+        tilted = {"rotation": 30, "ha": "right"} if crowded else {}
         ax.set_xticks(range(len(groups)), groups, **tilted)
     if claim.unit == "percent":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))

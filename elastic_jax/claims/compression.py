@@ -97,6 +97,16 @@ def _divergences(rows: Rows, arm: str, when: str) -> list[float]:
 
 def experts(rows: Rows) -> Iterator[Finding]:
     for parent in dict.fromkeys(arm.split(": ")[0] for arm in arms_of(rows)):
+        loads = [
+            row["found"]["largest_load"]
+            for row in rows
+            if row["arm"].startswith(f"{parent}: ") and "largest_load" in row["found"]
+        ]
+        yield Finding(
+            f"largest share of a block's choices that falls on one expert, {parent}",
+            exactly(max(loads, default=None)),
+            unit="percent",
+        )
         for when in ("untrained", "trained"):
             random = _divergences(rows, f"{parent}: random", when)
             for order in ("reap", "mass", "frequency", "reversed"):

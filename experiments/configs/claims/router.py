@@ -11,9 +11,9 @@ from experiments.configs.claims import base
 
 AXES = ("embed", "heads_per_group", "expert_ffn", "shared_ffn")
 PAIRS = {  # arm -> budget -> sizes in the order of AXES, the same in all blocks
-    "narrow": {"mid": (64, 8, 48, 48), "small": (48, 6, 48, 48)},
-    "thin": {"mid": (96, 4, 32, 32), "small": (80, 2, 32, 32)},
-    "even": {"mid": (80, 6, 32, 32), "small": (64, 4, 32, 32)},
+    "narrow": {"mid": (80, 7, 64, 64), "small": (64, 6, 64, 64)},
+    "thin": {"mid": (96, 6, 48, 32), "small": (96, 4, 32, 16)},
+    "even": {"mid": (80, 8, 48, 48), "small": (80, 5, 32, 48)},
 }
 
 
@@ -26,18 +26,19 @@ def get_config():
     )
     config.elastic.update(
         {
-            "heads_per_group": (8, 6, 4, 2),
+            "heads_per_group": (8, 7, 6, 5, 4),
             "expert_ffn": (64, 48, 32, 16),
             "shared_ffn": (64, 48, 32, 16),
         }
     )
-    config.budgets.targets = (1.0, 0.62, 0.40)
+    config.budgets.targets = (1.0, 0.78, 0.58)
     config.router.fit_first = 0
     config.stages.names = ("short", "long")
-    config.stages.short.update({"steps": 250, "batch": 8})
-    config.stages.long.update(
-        {"steps": 50, "batch": 8, "micro_batch": 8, "context": 96, "sampling": ()}
-    )
+    # Four draws of a budget in every step: a router that meets one budget at a time
+    # settles before all of them are met.
+    each = {"batch": 16, "micro_batch": 4}
+    config.stages.short.update(each | {"steps": 250, "budget_loss_weight": 30.0})
+    config.stages.long.update(each | {"steps": 50, "context": 96, "sampling": ()})
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},
