@@ -191,6 +191,8 @@ def _meaning(findings: Sequence[Finding]) -> Iterator[str]:
     for side, each in sides.items():
         if each:
             yield f"{side}: {said(each)}."
+    if any(f.found.half is None for f in findings if f.found is not None):
+        yield "Where there is no ± there is one seed: its chance is not known."
     if len(aside) == len(findings) and not apart:
         yield "Nothing was asked of these numbers: they are reported as they came."
 

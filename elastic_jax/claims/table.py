@@ -83,7 +83,8 @@ CLAIMS = {  # the cheap ones first
             "first seed, by 2 to 18% of its target, with a weight of the budget loss "
             "of 10, of 50, and of 30 with a slower router; four draws per step and 30 "
             "met all of them in two seeds of the router's stage alone, before the "
-            "other arms were run."
+            "other arms were run. A seed whose router misses keeps its choices, and "
+            "has no answers."
         ),
         unit="percent",
         axis=ANSWERS,

@@ -8,19 +8,33 @@ from elastic_jax import fit
 from experiments import ranking
 from experiments.arms.start import Start
 
+MISSED = "the router missed its budgets"  # a result, and how its error begins
+
 
 def arms(start: Start, seed: int) -> tuple[str, ...]:
     return ("learned", *start.asked["pairs"], "random order")
 
 
 def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arm -> budgets; of the learned one also how its choices went."""
+    """Arm -> budgets; of the learned one also how its choices went.
+
+    A router that missed its budgets has its choices alone, and a random order nothing.
+    """
     cfg, pairs = start.plan.cfg, start.asked["pairs"]
     # Also where it is not missing: the random order takes its counts.
-    learned, counts = start.train("learned", seed)
+    learned, counts, missed = None, dict.fromkeys(n for n, _ in start.plan.budgets), ""
+    try:
+        learned, counts = start.train("learned", seed)
+    except ValueError as error:
+        if not str(error).startswith(MISSED):
+            raise
+        missed = str(error)
     if "learned" in missing:
-        found = {"budgets": start.each(learned, counts)}
+        found = {"missed": missed} if missed else {}
+        found |= {} if missed else {"budgets": start.each(learned, counts)}
         yield "learned", found | {"choices": choices(start, f"learned-{seed}")}
+    if "random order" in missing and missed:
+        yield "random order", {"missed": missed}
     for arm, pair in pairs.items():
         if arm in missing:
             chosen = {
@@ -30,7 +44,7 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
             kept = {name: ej.counts(cfg, **chosen.get(name, {})) for name in counts}
             params, _ = start.train(arm, seed, counts=kept)
             yield arm, {"budgets": start.each(params, kept)}
-    if "random order" in missing:
+    if "random order" in missing and not missed:
         ranks = ranking.random_ranks(start.scores, seed)
         shuffled = start.ordered(ranks)
         params, _ = start.train("random-order", seed, counts=counts, teacher=shuffled)
