@@ -1,13 +1,14 @@
 """Claims about what is dropped or rounded: bytes, formats, experts, blocks."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from elastic_jax import fronts
 from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of, budgets_of, longest
 from elastic_jax.verdicts import (
     Estimate,
     Finding,
+    Row,
     accuracy,
     closed,
     difference,
@@ -22,40 +23,55 @@ from elastic_jax.verdicts import (
 # GiB of Nemotron 3 Nano, where the published figure stands for the same thing.
 PUBLISHED_GIB = {"bf16": 58.9, "fp8": 31.4, "nvfp4": 18.7}
 PUBLISHED_SEPARATE_GIB = 126.1
+TOY = "toy"  # saved, each time a little otherwise; the others are accounted
 
 
 def memory(rows: Rows) -> Iterator[Finding]:
-    for row in rows:
-        nested, apart = row["found"]["nested"], row["found"]["separate"]
-        if row["arm"] != "toy":
+    for arm, found in _by_arm(rows):
+        apart = found[0]["separate"]
+        if arm != TOY:
             each = {
                 f"one nested checkpoint, {format.upper()}": (n, PUBLISHED_GIB[format])
-                for format, n in nested.items()
+                for format, n in found[0]["nested"].items()
             }
             whole = sum(apart.values()), PUBLISHED_SEPARATE_GIB
             each[f"{len(apart)} separate ones, BF16"] = whole
             for what, (n, published) in each.items():
                 yield Finding(
-                    f"{row['arm']}: {what} (published {published})",
+                    f"{arm}: {what} (published {published})",
                     exactly(n / 2**30),
                     unit="GiB",
                 )
-        share = nested["bf16"] / sum(apart.values())
         yield Finding(
-            f"{row['arm']}: one nested checkpoint / {len(apart)} separate ones, BF16",
-            exactly(share),
+            f"{arm}: one nested checkpoint / {len(apart)} separate ones, BF16",
+            _of_saves(arm, [each["nested"]["bf16"] for each in found], found),
             unit="ratio",
         )
 
 
 def bytes(rows: Rows) -> Iterator[Cell]:
-    for row in rows:
-        nested, apart = row["found"]["nested"], row["found"]["separate"]
-        sizes = {f"nested, {name}": n for name, n in nested.items()}
-        sizes |= {f"separate, {name}": n for name, n in apart.items()}
-        sizes["separate, all"] = sum(apart.values())
-        for name, n in sizes.items():
-            yield Cell(name, row["arm"], exactly(n / sum(apart.values())))
+    for arm, found in _by_arm(rows):
+        each = {
+            f"{kind}, {name}": [one[kind][name] for one in found]
+            for kind in ("nested", "separate")
+            for name in found[0][kind]
+        }
+        each["separate, all"] = [sum(one["separate"].values()) for one in found]
+        for name, sizes in each.items():
+            yield Cell(name, arm, _of_saves(arm, sizes, found))
+
+
+def _by_arm(rows: Rows) -> Iterator[tuple[str, list[Row]]]:
+    for arm in arms_of(rows):
+        yield arm, [row["found"] for row in rows if row["arm"] == arm]
+
+
+def _of_saves(arm: str, sizes: Sequence[int], found: Sequence[Row]) -> Estimate:
+    """Shares of the separate ones' bytes; accounting knows no chance."""
+    shares = [
+        n / sum(each["separate"].values()) for n, each in zip(sizes, found, strict=True)
+    ]
+    return of_seeds(shares) if arm == TOY else exactly(shares[0])
 
 
 # -------------------------------------------------------------------- quantization

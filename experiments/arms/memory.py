@@ -14,20 +14,21 @@ from experiments.arms.start import Start
 
 
 def arms(start: Start, seed: int) -> tuple[str, ...]:
-    return ("toy", "Nemotron 3 Nano")
+    """Those of a seed: what is accounted is there once."""
+    return ("toy",) if seed else ("toy", "Nemotron 3 Nano")
 
 
 def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]]]:
     """Arm -> bytes of the nested checkpoint, and of one for every size."""
     if "toy" in missing:
-        yield "toy", on_disk(start)
+        yield "toy", on_disk(start, seed)
     if "Nemotron 3 Nano" in missing:
         yield "Nemotron 3 Nano", accounted(start.asked["family"])
 
 
-def on_disk(start: Start) -> dict[str, Any]:
+def on_disk(start: Start, seed: int) -> dict[str, Any]:
     """A BF16 checkpoint of random weights, whole, and cut into one per budget."""
-    key = jax.random.key(start.plan.values["seed"])
+    key = jax.random.key(start.plan.values["seed"] + seed)
     params = ej.init_params(key, start.plan.cfg)
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     path = start.workdir.path / "nested"

@@ -4,7 +4,7 @@
 
 Of each parent the blocks that matter least are dropped; the other arm keeps all blocks
 and is made narrower until it has as many parameters. Each is distilled alone, for as
-many steps. The deep parent has twice the blocks of the shallow one.
+many steps. The deep parent has half as many blocks again as the shallow one.
 """
 
 from experiments.configs.claims import base
@@ -13,8 +13,8 @@ from experiments.configs.claims import base
 def get_config():
     config = base.get_config(
         "Width against depth",
-        patterns={"shallow": "MEM*ME", "deep": "MEM*MEMEM*ME"},
-        dropped={"shallow": 2, "deep": 4},
+        patterns={"shallow": "MEM*ME", "deep": "MEM*MEM*E"},
+        dropped={"shallow": 2, "deep": 3},
         orders=("equal_total", "equal_active"),
     )
     config.elastic.update(
@@ -25,7 +25,8 @@ def get_config():
         }
     )
     config.budgets.update({"names": ("full", "small"), "targets": (1.0, 0.62)})
-    config.stages.short.update({"steps": 100, "sampling": (0.0, 1.0)})
+    config.stages.short.update({"steps": 60, "sampling": (0.0, 1.0)})
+    config.evaluation.examples = 512
     config.when_smoke.claim.update(
         {
             "patterns": {"shallow": "ME", "deep": "MEME"},

@@ -11,14 +11,11 @@ from experiments.configs.claims import base
 
 
 def get_config():
-    config = base.get_config(
+    return base.get_config(
         "One nested checkpoint against separate ones",
-        seeds=1,
         family={  # sizes that differ from the parent's
             "30B": {},
             "23B": {"embed": 2016},
             "12B": {"embed": 1920, "expert_ffn": 960},
         },
     )
-    config.when_smoke.claim.seeds = 1
-    return config

@@ -3,7 +3,7 @@
     python experiments/claims.py --claim=router --workdir=DIR
 
 Every arm has sizes of the same active parameters, to 5%, and as many steps. The router
-chooses while it trains, for 250 steps under soft masks; the others know their sizes
+chooses while it trains, for 160 steps under soft masks; the others know their sizes
 from the start and train slices. Then all of them train slices for 50 steps.
 """
 
@@ -37,7 +37,7 @@ def get_config():
     # Four draws of a budget in every step: a router that meets one budget at a time
     # settles before all of them are met.
     each = {"batch": 16, "micro_batch": 4}
-    config.stages.short.update(each | {"steps": 250, "budget_loss_weight": 30.0})
+    config.stages.short.update(each | {"steps": 160})
     config.stages.long.update(each | {"steps": 50, "context": 96, "sampling": ()})
     config.when_smoke.update(
         {
