@@ -13,12 +13,13 @@ from experiments.configs.claims import base
 
 def get_config():
     config = base.get_config("One quantized nested checkpoint", seeds=3, qat_seeds=2)
-    # No check before the last step, so no early end.
-    config.parent_training.update({"steps": 800, "check_every": 800, "max_steps": 9})
+    config.parent_training.update(
+        {"steps": 1000, "batch": 16, "check_every": 1000}  # so no early end
+    )
     each = {"batch": 16, "micro_batch": 8, "context": 96}
     config.stages.names = ("short", "long")
-    config.stages.short.update(each | {"steps": 80, "max_steps": 6})
-    config.stages.long.update(each | {"steps": 80, "max_steps": 9, "sampling": ()})
+    config.stages.short.update(each | {"steps": 50, "max_steps": 6})
+    config.stages.long.update(each | {"steps": 50, "max_steps": 8, "sampling": ()})
     # One combination alone meets the small target: all seeds have the same sizes, and
     # what was compiled for one serves the others.
     config.elastic.update(
@@ -30,16 +31,14 @@ def get_config():
         }
     )
     config.budgets.update({"names": ("full", "small"), "targets": (1.0, 0.65)})
-    config.evaluation.update(
-        {"examples": 1600, "min_steps": 8, "max_steps": 9, "context": 96}
-    )
+    config.evaluation.update({"examples": 1200, "min_steps": 7, "context": 96})
     config.quantization.update(
         {
             "arms": ("fp8_ptq", "nvfp4_ptq", "nvfp4_qad", "nvfp4_qat"),
             "rules": (("*", "arm"),),
         }
     )
-    config.quantization.stage.update(each | {"steps": 100, "max_steps": 9})
+    config.quantization.stage.update(each | {"steps": 80, "max_steps": 8})
     config.when_smoke.update(
         {
             "stages": {
