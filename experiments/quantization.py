@@ -9,6 +9,7 @@ those of stored weights, all that is not quantized in BF16; computing is in floa
 
 import dataclasses
 import os
+import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -121,20 +122,9 @@ class Seed:
 
     def rows(self, arm: str) -> list[dict[str, Any]]:
         """One row per budget, of what the arm's checkpoint restores."""
-        params, errors = self.params, []
-        if arm != REFERENCE:
-            params, errors = self._quantized(arm)
-        path = self.workdir.path / "quantized" / f"{arm}-{self.seed}"
-        provenance = {"arm": arm, "calibration": dict(self.inputs.provenance)}
-        checkpoint.save_nested(
-            path,
-            _in_bf16(params),
-            self.plan.cfg,
-            budgets=self.counts,
-            provenance=provenance,
-            overwrite=True,
-        )
-        opened = ej.open_nested(path)
+        params, packed = self.weights(arm)
+        opened = self.stored(arm, packed)
+        errors = [] if arm == REFERENCE else self._errors(params, packed)
         rows = []
         for name, counts in self.counts.items():
             small, cfg = opened.restore(name, dtype=jnp.float32)
@@ -146,7 +136,7 @@ class Seed:
                 "arm": arm,
                 "budget": name,
                 "memory_bytes": size_bytes(opened.lazy(name)[0]),
-                "disk_bytes": _alone_on_disk(path, name),
+                "disk_bytes": _alone_on_disk(self._path(arm), name),
                 "nested_disk_bytes": opened.size_bytes,
                 "errors": errors,
             }
@@ -155,29 +145,51 @@ class Seed:
             console.print(f"{name}: {said} {self.plan.task.measure.name}")
         return rows
 
-    def _quantized(self, arm: str) -> tuple[Any, list[dict[str, Any]]]:
-        """The parent's tree, packed, and what rounding did to it by kind."""
+    def weights(self, arm: str) -> tuple[Any, Any]:
+        """The parent's tree, trained if the arm asks for that, and how it is stored."""
+        params = self.params
+        if arm == REFERENCE:
+            return params, _in_bf16(params)
         plan, recipe, way = self.plan, self.plan.recipes[arm], ARMS[arm][1]
         asked, specs = plan.values["quantization"], ej.param_specs(plan.cfg)
         inputs = self.inputs.largest if asked["activations"] else None
         rounding = {"input_largest": inputs}
-        params = self.params
         if way != "ptq":
             if asked["scales"] == "frozen":
                 like = ej.quantize(params, specs, plan.cfg, recipe, **rounding)
                 rounding = {"like": like, "frozen": True}
             params = self._trained(arm, rounding)
         packed = ej.quantize(params, specs, plan.cfg, recipe, **rounding)
-        errors = quantization_errors(params, packed, specs)
-        named = names(specs, plan.cfg)
-        return packed, [
+        return params, _in_bf16(packed)
+
+    def stored(self, arm: str, packed: Any) -> checkpoint.Nested:
+        """Saves one nested checkpoint, and opens it."""
+        provenance = {"arm": arm, "calibration": dict(self.inputs.provenance)}
+        checkpoint.save_nested(
+            self._path(arm),
+            packed,
+            self.plan.cfg,
+            budgets=self.counts,
+            provenance=provenance,
+            overwrite=True,
+        )
+        return ej.open_nested(self._path(arm))
+
+    def _path(self, arm: str) -> pathlib.Path:
+        return self.workdir.path / "quantized" / f"{arm}-{self.seed}"
+
+    def _errors(self, params: Any, packed: Any) -> list[dict[str, Any]]:
+        """What rounding did to every parameter that it touched."""
+        specs = ej.param_specs(self.plan.cfg)
+        named = names(specs, self.plan.cfg)
+        return [
             {
                 "name": named[path],
                 "block": path[1] if path[0] == "layers" else None,
                 "format": format,
             }
             | dict(zip(NUMBERS, numbers, strict=True))
-            for path, format, *numbers in errors
+            for path, format, *numbers in quantization_errors(params, packed, specs)
         ]
 
     def _trained(self, arm: str, rounding: Mapping[str, Any]) -> Any:

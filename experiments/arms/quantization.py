@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments import quantization
 from experiments.arms.start import Start
 
@@ -18,7 +20,7 @@ def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]
     """Arm -> budgets, as its checkpoint restores them."""
     run = quantization.Seed(start.plan, start.workdir, start.nested, seed, False)
     for arm in missing:
-        found = {row.pop("budget"): row for row in run.rows(arm)}
-        for row in found.values():  # of every parameter: not for a line of results
-            del row["errors"], row["arm"]
+        opened = run.stored(arm, run.weights(arm)[1])
+        restored = {n: opened.restore(n, dtype=jnp.float32) for n in run.counts}
+        found = {n: start.plan.task.evaluate(*each) for n, each in restored.items()}
         yield arm, {"budgets": found}

@@ -11,7 +11,8 @@ import elastic_jax as ej
 from elastic_jax import fit, train, verdicts
 from elastic_jax.claims import CLAIMS
 from elastic_jax.curriculum import Stage
-from experiments import claims, evaluation
+from elastic_jax.elastic import settled_counts
+from experiments import claims, evaluation, training
 from experiments.arms import balance, between, depth, memory, nested, router
 from experiments.arms.start import Start, reweighted
 
@@ -158,7 +159,7 @@ def test_fixed_shapes_cost_what_the_budgets_ask(tmp_path):
 
 def test_narrower_models_are_as_large_as_shallower_ones(tmp_path):
     start = Start(claims.plan("depth"), tmp_path, "depth")
-    for pattern, kept in (("MEM*ME", 4), ("MEM*MEMEM*ME", 8)):
+    for pattern, kept in (("MEM*ME", 4), ("MEM*MEM*E", 6)):
         this = start.of_pattern(pattern)
         ranks = ej.rank({"layers": np.arange(len(pattern), 0.0, -1)})
         fewer = ej.counts(this.plan.cfg, layers=ej.keep_layers(ranks, kept))
@@ -234,3 +235,33 @@ def test_choices_are_read_from_what_training_logged(tmp_path):
     assert found["steps"][0]["counts"]["small"] == {"embed": 96.0}
     assert found["targets"]["small"] == 0.58 and found["total_steps"] == 3
     assert verdicts.exactly(None) is None
+
+
+def test_a_router_that_misses_its_budgets_is_a_result(tmp_path, monkeypatch):
+    """It keeps its choices; what needs no router is measured all the same."""
+    start = Start(claims.plan("router"), tmp_path, "router")
+    elastic = training.elastic_parent(start.plan, None)
+    undecided = training.first_router(start.plan, elastic, 0)
+
+    def trained(self, arm, seed, *, counts=None, teacher=None):
+        return arm, counts or settled_counts(elastic, undecided)
+
+    monkeypatch.setattr(Start, "train", trained)
+    monkeypatch.setattr(Start, "each", lambda _, params, counts: dict(counts))
+    monkeypatch.setattr(router, "choices", lambda *_: {"steps": []})
+    arms = router.arms(start, 0)
+    found = dict(router.rows(start, 0, arms))
+    assert set(found) == set(arms)
+    for arm in start.asked["pairs"]:
+        assert set(found[arm]["budgets"]) == {"full", "mid", "small"}
+    missed = found["learned"].pop("missed")
+    assert missed.startswith("the router missed its budgets")
+    assert found["learned"] == {"choices": {"steps": []}}
+    assert found["random order"] == {"missed": missed}
+
+    def broken(*_, **__):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(Start, "train", broken)
+    with pytest.raises(ValueError, match="something else"):
+        list(router.rows(start, 0, arms))

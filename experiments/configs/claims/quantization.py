@@ -14,7 +14,7 @@ from experiments.configs.claims import base
 def get_config():
     config = base.get_config("One quantized nested checkpoint", seeds=3, qat_seeds=2)
     config.parent_training.update(
-        {"steps": 1000, "batch": 16, "check_every": 1000}  # so no early end
+        {"steps": 800, "batch": 16, "check_every": 800}  # so no early end
     )
     each = {"batch": 16, "micro_batch": 8, "context": 96}
     config.stages.names = ("short", "long")
