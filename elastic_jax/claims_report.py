@@ -20,7 +20,6 @@ from elastic_jax.tables import bullets, format_seconds, listed, markdown_table
 from elastic_jax.verdicts import OPEN, REFUTED, SHOWN, Finding, written
 
 PAGE = "RESULTS.md"
-DIFFERENCES = ("points", "nats")  # units of findings that are one thing minus another
 NEEDED = (
     *("claim", "arm", "seed", "seconds", "smoke", "evaluation", "date", "commit"),
     *("device", "versions", "configuration", "found"),
@@ -176,24 +175,12 @@ def _section(
 
 
 def _meaning(findings: Sequence[Finding]) -> Iterator[str]:
-    """What was decided, and how; of what nothing was asked, on which side of zero."""
-    said = lambda each: "; ".join(f"{f.what} ({f.said})" for f in each)
-    for verdict in (SHOWN, REFUTED, OPEN):
-        if each := [f for f in findings if f.verdict == verdict]:
-            yield f"{verdict[0].upper()}{verdict[1:]}: {said(each)}."
-    aside = [f for f in findings if f.asked is None and f.found is not None]
-    apart = [f for f in aside if f.unit in DIFFERENCES and f.found.half is not None]
-    sides = {
-        "Clearly above zero": [f for f in apart if f.found.value > f.found.half],
-        "Clearly below zero": [f for f in apart if -f.found.value > f.found.half],
-        "No clear difference": [f for f in apart if abs(f.found.value) <= f.found.half],
-    }
-    for side, each in sides.items():
-        if each:
-            yield f"{side}: {said(each)}."
-    if any(f.found.half is None for f in findings if f.found is not None):
+    """The lessons, in the words that the numbers choose."""
+    found = [finding for finding in findings if finding.found is not None]
+    yield from (finding.meaning for finding in found if finding.lesson)
+    if any(finding.found.half is None for finding in found):
         yield "Where there is no ± there is one seed: its chance is not known."
-    if len(aside) == len(findings) and not apart:
+    if all(finding.asked is None for finding in findings):
         yield "Nothing was asked of these numbers: they are reported as they came."
 
 

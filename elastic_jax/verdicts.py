@@ -5,6 +5,7 @@ problems for all, so differences and ratios are taken problem by problem, and ch
 looked at as in `fronts`: between seeds and between problems, the larger one counts.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ Row = Mapping[str, Any]
 Right = Mapping[int, Sequence[float]]  # seed -> one number per problem
 
 SHOWN, REFUTED, OPEN, ASIDE = "shown", "refuted", "not decided", "measured only"
+OVER, UNDER, NEAR = range(3)  # of an estimate and what it is held against
+EVEN = {"ratio": 1.0, "percent": 1.0}  # by unit: where nothing was asked; others 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Finding:
       asked: the threshold, or None: reported only.
       least: whether `asked` is the least or the most that is accepted.
       unit: "points", "percent", "ratio", "count" or "nats".
+      lesson: what it means, with words for `OVER|UNDER|NEAR` in brackets.
     """
 
     what: str
@@ -52,19 +56,33 @@ class Finding:
     asked: float | None = None
     least: bool = True
     unit: str = "points"
+    lesson: str = ""
 
     @property
     def verdict(self) -> str:
         """Shown or refuted only where the whole interval says so."""
         if self.found is None or self.asked is None:
             return OPEN if self.found is None else ASIDE
-        if self.found.half is None:
-            return OPEN
-        sign = 1 if self.least else -1
-        margin = sign * (self.found.value - self.asked)
-        if margin >= self.found.half:
-            return SHOWN
-        return REFUTED if margin < -self.found.half else OPEN
+        wanted = OVER if self.least else UNDER
+        return {wanted: SHOWN, NEAR: OPEN}.get(self.side, REFUTED)
+
+    @property
+    def side(self) -> int:
+        """Where the whole interval lies: of what was asked, or of no difference."""
+        if self.found is None or self.found.half is None:
+            return NEAR
+        over, under = (OVER, UNDER) if self.least else (UNDER, OVER)
+        line = EVEN.get(self.unit, 0.0) if self.asked is None else self.asked
+        margin = (self.found.value - line) * (1 if self.least else -1)
+        if margin >= self.found.half and (self.asked is not None or margin):
+            return over
+        return under if margin < -self.found.half else NEAR
+
+    @property
+    def meaning(self) -> str:
+        """The lesson, in the words for its side."""
+        chosen = lambda words: words[1].split("|")[self.side]
+        return re.sub(r"\[(.*?)\]", chosen, self.lesson)
 
     @property
     def said(self) -> str:

@@ -51,12 +51,15 @@ def test_the_committed_page_is_made_from_the_committed_lines(folder):
     pictures = {p.name for p in folder.glob("*.png")}
     assert pictures == {p.name for p in COMMITTED.glob("*.png")}
     assert "smoke" not in page
+    means = [line for line in page.splitlines() if line.startswith("* ")]
+    assert means and not any("|" in line for line in means)
 
 
 def test_a_page_says_what_was_run_and_what_was_not(folder):
     page = written(folder, ROW)
     assert "one nested checkpoint / 2 separate ones, BF16 |    0.500" in page
     assert "--claim=memory" in page and "commit abc" in page and "1.5 s" in page
+    assert "* toy: all sizes in one checkpoint take no clearly less room" in page
     assert page.count("Not run.") == len(CLAIMS) - 1
     assert (folder / "memory.png").exists() and "![" in page
     (folder / "memory.jsonl").unlink()

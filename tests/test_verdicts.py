@@ -39,6 +39,30 @@ def test_a_verdict_needs_the_whole_interval(value, half, asked, least, verdict):
     assert Finding("x", Estimate(value, half), asked, least).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    "value, half, asked, least, unit, said",
+    [
+        (0.25, 0.04, 0.20, True, "points", "is over it"),
+        (0.15, 0.04, 0.20, True, "points", "is under it"),
+        (0.21, 0.04, 0.20, True, "points", "is near it"),
+        (0.90, 0.02, 0.93, False, "percent", "is under it"),
+        (0.98, 0.02, 0.93, False, "percent", "is over it"),
+        (0.93, 0.0, 0.93, False, "percent", "is under it"),  # what was asked holds
+        (0.93, 0.0, 0.93, True, "percent", "is over it"),
+        (0.1, 0.04, None, True, "points", "is over it"),  # of no difference
+        (-0.1, 0.04, None, True, "points", "is under it"),
+        (0.1, 0.2, None, True, "points", "is near it"),
+        (0.0, 0.0, None, True, "points", "is near it"),
+        (0.5, 0.0, None, True, "ratio", "is under it"),  # of as much
+        (-0.1, None, None, True, "points", "is near it"),  # of one seed
+    ],
+)
+def test_numbers_choose_the_words_of_a_lesson(value, half, asked, least, unit, said):
+    lesson = "[is over|is under|is near] it"
+    found = Finding("x", Estimate(value, half), asked, least, unit, lesson)
+    assert found.meaning == said
+
+
 def test_without_rows_nothing_is_decided():
     found = Finding("x", None, 0.2)
     assert found.verdict == "not decided" and found.said == "no rows"

@@ -46,6 +46,10 @@ def memory(rows: Rows) -> Iterator[Finding]:
             f"{arm}: one nested checkpoint / {len(apart)} separate ones, BF16",
             _of_saves(arm, [each["nested"]["bf16"] for each in found], found),
             unit="ratio",
+            lesson=(
+                f"{arm}: all sizes in one checkpoint take [more|less|no clearly less] "
+                "room than in checkpoints of their own."
+            ),
         )
 
 
@@ -76,19 +80,29 @@ def _of_saves(arm: str, sizes: Sequence[int], found: Sequence[Row]) -> Estimate:
 
 # -------------------------------------------------------------------- quantization
 
+FORMATS = {  # lessons by arm; of the longest problems
+    "fp8_ptq": "FP8 by rounding alone costs [less than|more than|about] 1%.",
+    "nvfp4_ptq": "NVFP4 by rounding alone costs [less than|more than|about] 7%.",
+    "nvfp4_qad": "after nested QAD, NVFP4 costs [less than|more than|about] 3%.",
+    "nvfp4_qat": (
+        "QAT, which trains on the task itself, answers [more than|less than|as much "
+        "as] BF16 does."
+    ),
+}
+
 
 def quantization(rows: Rows) -> Iterator[Finding]:
     """Of the longest problems, where every step can go wrong."""
     budgets, (is_long, called) = budgets_of(rows), longest(rows)
     at = lambda arm, budget: right(rows, arm, budget, is_long)
-    least = {"fp8_ptq": True, "nvfp4_ptq": False, "nvfp4_qad": True, "nvfp4_qat": True}
-    for arm, floor in least.items():
+    for arm, lesson in FORMATS.items():
         yield Finding(
             f"`{budgets[0]}` of {_arm(arm)} / of BF16, {called}",
             ratio(at(arm, budgets[0]), at("bf16", budgets[0])),
             ASKED.get(arm),
-            least=floor,
+            least=arm != "nvfp4_ptq",
             unit="percent",
+            lesson=f"`{budgets[0]}`: {lesson}",
         )
     for budget in budgets[1:]:
         each = (at(arm, budget) for arm in ("nvfp4_qad", "nvfp4_ptq", "bf16"))
@@ -97,6 +111,10 @@ def quantization(rows: Rows) -> Iterator[Finding]:
             closed(*each),
             ASKED["gap closed"],
             unit="percent",
+            lesson=(
+                f"`{budget}`: QAD gives back [more than half|less than half|perhaps "
+                "half] of what rounding to NVFP4 took."
+            ),
         )
 
 
@@ -105,6 +123,11 @@ def _arm(arm: str) -> str:
 
 
 # ------------------------------------------------------------------------- experts
+
+REAP = (
+    "{} parent, {}: REAP's order is [better than|worse than|not clearly different "
+    "from] a random one."
+)
 
 
 def _divergences(rows: Rows, arm: str, when: str) -> list[float]:
@@ -137,6 +160,7 @@ def experts(rows: Rows) -> Iterator[Finding]:
                     f"KL of random orders minus that of {order}, {when}, {parent}",
                     found,
                     unit="nats",
+                    lesson=REAP.format(parent, when) if order == "reap" else "",
                 )
 
 
@@ -155,7 +179,14 @@ def depth(rows: Rows) -> Iterator[Finding]:
     for parent in dict.fromkeys(arm.split(": ")[0] for arm in arms_of(rows)):
         for kind in ("width, equal total", "width, equal active"):
             each = (right(rows, f"{parent}: {k}", "small") for k in (kind, "depth"))
-            yield Finding(f"{kind}, minus depth, {parent} parent", difference(*each))
+            yield Finding(
+                f"{kind}, minus depth, {parent} parent",
+                difference(*each),
+                lesson=(
+                    f"{parent} parent, {kind.partition(', ')[2]} parameters: narrower "
+                    "is [better than|worse than|not clearly different from] shallower."
+                ),
+            )
 
 
 def by_parent(rows: Rows) -> Iterator[Cell]:

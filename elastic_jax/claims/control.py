@@ -8,6 +8,9 @@ from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of
 from elastic_jax.tables import listed
 from elastic_jax.verdicts import Finding, accuracy, difference, exactly, of_seeds
 
+BETTER = "better than|worse than|not clearly different from"
+AS_GOOD = "as good as|worse than|perhaps as good as"  # where a loss is accepted
+
 
 def control(rows: Rows) -> Iterator[Finding]:
     points = _points(rows)
@@ -31,6 +34,10 @@ def control(rows: Rows) -> Iterator[Finding]:
                 f"{pair} by transplant minus by reading again, after `{stage}`",
                 found,
                 asked if decides else None,
+                lesson=(
+                    f"{pair} after `{stage}`: to go on from the other model's cache is "
+                    f"[{AS_GOOD if decides else BETTER}] to read its thought again."
+                ),
             )
     last = [point for point in points if point.stage == ends[-1]]
     for kind, called in fronts.COSTS.items():
@@ -45,6 +52,10 @@ def control(rows: Rows) -> Iterator[Finding]:
             f"S->L on the front of {called}, by means: {where}",
             exactly(float(bool(on))),
             unit="count",
+            lesson=(
+                "A small thinker with a large answerer [is|is not|is not] among the "
+                f"best choices by {called}."
+            ),
         )
 
 

@@ -27,21 +27,45 @@ from elastic_jax.verdicts import (
 
 # -------------------------------------------------------------------------- nested
 
+SMALL = {  # lessons by the arm that nested training is held against
+    "separate, a third": (
+        "for as many tokens in all, one nested run [is far better|is not far better|"
+        "may be far better] than one run per size."
+    ),
+    "separate, all": (
+        "separate runs that take all of the tokens each are [worse|better|neither "
+        "clearly better nor worse] than one nested run."
+    ),
+    "untrained": (
+        "a good order of the weights [is not|is|may be] enough: slices [have to|need "
+        "not|may have to] be trained."
+    ),
+}
+FAMILY = (
+    "One run [does not save|saves|may save] about two thirds of the work of separate "
+    "distillations."
+)
+
 
 def nested(rows: Rows) -> Iterator[Finding]:
     small = budgets_of(rows)[-1]
     at = lambda arm, budget: right(rows, arm, budget)
-    for arm in ("separate, a third", "separate, all", "untrained"):
+    for arm, lesson in SMALL.items():
         asked = ASKED["nested over separate at small"] if "third" in arm else None
         yield Finding(
             f"nested minus {arm}, at `{small}`",
             difference(at("nested", small), _repeated(rows, arm, small)),
             asked,
+            lesson=f"`{small}`: {lesson}",
         )
     yield Finding(
         "nested `full` minus its parent",
         difference(at("nested", "full"), _repeated(rows, "parent", "full")),
         ASKED["full under its parent"],
+        lesson=(
+            "To share its weights with smaller ones [does not cost|costs|may cost] "
+            "the full model two points."
+        ),
     )
     work = {row["arm"]: row["found"]["work"] for row in rows if "work" in row["found"]}
     if whole := work.pop("separate, all", None):
@@ -52,6 +76,7 @@ def nested(rows: Rows) -> Iterator[Finding]:
                 ASKED["work of a family"] if arm == "nested" else None,
                 least=False,
                 unit="ratio",
+                lesson=FAMILY if arm == "nested" else "",
             )
 
 
@@ -69,14 +94,24 @@ def _repeated(rows: Rows, arm: str, budget: str):
 def router(rows: Rows) -> Iterator[Finding]:
     choices = [row["found"]["choices"] for row in rows if "choices" in row["found"]]
     checks = {
-        "seeds with every budget in its zone at the deadline": _in_zone,
-        "seeds with ordered budgets": _ordered,
-        "seeds whose counts stayed in the last half": _unchanged,
+        "seeds with every budget in its zone at the deadline": (
+            _in_zone,
+            "[Every router found|Not every router found] sizes that cost what was "
+            "asked[|: look before you train on].",
+        ),
+        "seeds with ordered budgets": (
+            _ordered,
+            "[All of them kept|Not all of them kept] larger budgets larger.",
+        ),
+        "seeds whose counts stayed in the last half": (
+            _unchanged,
+            "[All were|Not all were] sure by half of the steps.",
+        ),
     }
-    for what, check in checks.items():
+    for what, (check, lesson) in checks.items():
         held = [float(check(each)) for each in choices]
         found = exactly(statistics.fmean(held)) if held else None
-        yield Finding(what, found, ASKED["router"], unit="percent")
+        yield Finding(what, found, ASKED["router"], unit="percent", lesson=lesson)
     fixed = [arm for arm in arms_of(rows) if arm not in ("learned", "random order")]
     for budget in budgets_of(rows)[1:]:
         ours = right(rows, "learned", budget)
@@ -88,6 +123,11 @@ def router(rows: Rows) -> Iterator[Finding]:
             yield Finding(
                 f"learned minus the best fixed shape, `{best}`, at `{budget}`",
                 difference(ours, each[best]),
+                lesson=(
+                    f"`{budget}`: what the router chose is [better than|worse than|"
+                    "neither clearly better nor worse than] the best shape picked by "
+                    "hand, known in hindsight."
+                ),
             )
             yield Finding(
                 f"learned minus the mean of {len(each)} fixed shapes, at `{budget}`",
@@ -96,6 +136,10 @@ def router(rows: Rows) -> Iterator[Finding]:
         yield Finding(
             f"learned minus the same sizes in a random order, at `{budget}`",
             difference(ours, right(rows, "random order", budget)),
+            lesson=(
+                f"`{budget}`: after training, ranked weights are [better than|worse "
+                "than|neither clearly better nor worse than] weights in a random order."
+            ),
         )
 
 
@@ -129,24 +173,32 @@ CONTROL = "more"  # as many tokens, all of short problems
 
 def stages(rows: Rows) -> Iterator[Finding]:
     is_long, called = longest(rows)
-    for arm in ("uniform", "weighted"):
-        for budget in budgets_of(rows):
-            each = (right(rows, name, budget, is_long) for name in (arm, CONTROL))
-            asked = ASKED["long stage over control"].get(budget)
-            yield Finding(
-                f"long stage ({arm}) minus more short ones, {called}, `{budget}`",
-                difference(*each),
-                asked if arm == "uniform" else None,
-            )
     for budget in budgets_of(rows):
-        each = (right(rows, name, budget, is_long) for name in ("weighted", "uniform"))
+        at = lambda arm, budget=budget: right(rows, arm, budget, is_long)
         yield Finding(
-            f"weighted minus uniform sampling, {called}, `{budget}`", difference(*each)
+            f"long stage (uniform) minus more short ones, {called}, `{budget}`",
+            difference(at("uniform"), at(CONTROL)),
+            ASKED["long stage over control"].get(budget),
+            lesson=(
+                f"`{budget}`: on long problems, training on long ones is [far better|"
+                "not far better|perhaps far better] than as many tokens of short ones."
+            ),
         )
-        each = (right(rows, name, budget, is_long) for name in (CONTROL, "short"))
+        yield Finding(
+            f"long stage (weighted) minus more short ones, {called}, `{budget}`",
+            difference(at("weighted"), at(CONTROL)),
+        )
+        yield Finding(
+            f"weighted minus uniform sampling, {called}, `{budget}`",
+            difference(at("weighted"), at("uniform")),
+            lesson=(
+                f"`{budget}`: to draw larger budgets more often [helps|hurts|makes no "
+                "clear difference]."
+            ),
+        )
         yield Finding(
             f"more short ones minus the short stage, {called}, `{budget}`",
-            difference(*each),
+            difference(at(CONTROL), at("short")),
         )
 
 
@@ -161,15 +213,28 @@ def between(rows: Rows) -> Iterator[Finding]:
         ASKED["sizes between"],
         unit="count",
     )
-    whose = {"": lambda e: True, ", the router's sizes alone": _from_router}
-    for called, chosen in whose.items():
+    whose = {
+        "": (
+            lambda e: True,
+            "Sizes between trained ones are [better than|worse than|about] what a "
+            "straight line between these says[|: train what you want to serve|].",
+        ),
+        ", the router's sizes alone": (
+            _from_router,
+            "Those that an interpolated router asks for are [better than|worse than|"
+            "about] that line.",
+        ),
+    }
+    for called, (chosen, lesson) in whose.items():
         apart = []
         for row in rows:
             line, each = _line(row), row["found"]["between"].values()
             over = [e["value"] - line(e["active_params"]) for e in each if chosen(e)]
             apart += [statistics.fmean(over)] if over else []
         yield Finding(
-            f"accuracy minus the line through trained ones{called}", of_seeds(apart)
+            f"accuracy minus the line through trained ones{called}",
+            of_seeds(apart),
+            lesson=lesson,
         )
 
 
