@@ -33,10 +33,11 @@ def get_config():
     )
     config.budgets.targets = (1.0, 0.78, 0.58)
     config.router.fit_first = 0
+    config.evaluation.examples = 512
     config.stages.names = ("short", "long")
-    # Four draws of a budget in every step: a router that meets one budget at a time
+    # Eight draws of a budget in every step: a router that meets one budget at a time
     # settles before all of them are met.
-    each = {"batch": 16, "micro_batch": 4}
+    each = {"batch": 8, "micro_batch": 1}
     config.stages.short.update(each | {"steps": 160})
     config.stages.long.update(each | {"steps": 50, "context": 96, "sampling": ()})
     config.when_smoke.update(
