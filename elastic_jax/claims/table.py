@@ -74,9 +74,9 @@ CLAIMS = {  # the cheap ones first
         statement="A router learns, within one run, shapes that need no search.",
         published="No comparison with fixed shapes at equal size was found.",
         scope=(
-            f"{TOY} A fixed shape trains slices from the start, the router's arm only "
-            "after its stage of soft masks; both take as many steps. The best fixed "
-            "shape is the best in hindsight, at each budget."
+            f"{TOY} A fixed shape trains its slices from the start, the router's arm "
+            "under soft masks that harden while it chooses; both take as many steps. "
+            "The best fixed shape is the best in hindsight, at each budget."
         ),
         tried=(
             "With one budget drawn per step some budget ended outside its zone in the "

@@ -3,8 +3,8 @@
     python experiments/claims.py --claim=router --workdir=DIR
 
 Every arm has sizes of the same active parameters, to 5%, and as many steps. The router
-chooses while it trains, for 160 steps under soft masks; the others know their sizes
-from the start and train slices. Then all of them train slices for 50 steps.
+chooses while it trains, under soft masks that harden; the others know their sizes from
+the start and train slices.
 """
 
 from experiments.configs.claims import base
@@ -34,21 +34,15 @@ def get_config():
     config.budgets.targets = (1.0, 0.78, 0.58)
     config.router.fit_first = 0
     config.evaluation.examples = 512
-    config.stages.names = ("short", "long")
     # Eight draws of a budget in every step: a router that meets one budget at a time
     # settles before all of them are met.
-    each = {"batch": 8, "micro_batch": 1}
-    config.stages.short.update(each | {"steps": 160})
-    config.stages.long.update(each | {"steps": 50, "context": 96, "sampling": ()})
+    config.stages.short.update({"steps": 160, "batch": 8, "micro_batch": 1})
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},
             # What the router met before training, three steps do not change.
             "elastic": {"heads_per_group": (8, 4), "expert_ffn": (64, 48, 32)},
-            "stages": {
-                "short": base.SMOKE_STAGE | {"router_learning_rate": 1e-5},
-                "long": dict(base.SMOKE_STAGE),
-            },
+            "stages": {"short": base.SMOKE_STAGE | {"router_learning_rate": 1e-5}},
         }
     )
     return config
