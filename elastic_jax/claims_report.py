@@ -175,10 +175,11 @@ def _section(
 
 
 def _meaning(findings: Sequence[Finding]) -> Iterator[str]:
-    """The lessons, in the words that the numbers choose."""
+    """The lessons, in the words that numbers choose; none of what is left to chance."""
     found = [finding for finding in findings if finding.found is not None]
-    yield from (finding.meaning for finding in found if finding.lesson)
-    if any(finding.found.half is None for finding in found):
+    known = [finding for finding in found if finding.found.half is not None]
+    yield from (finding.meaning for finding in known if finding.lesson)
+    if len(known) < len(found):
         yield "Where there is no ± there is one seed: its chance is not known."
     if all(finding.asked is None for finding in findings):
         yield "Nothing was asked of these numbers: they are reported as they came."
