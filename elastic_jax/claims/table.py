@@ -177,8 +177,7 @@ CLAIMS = {  # the cheap ones first
             "80 steps with mixed prefixes, one seed and 256 problems first, which came "
             "out next to what was asked; 120 steps, three seeds and 384 problems did "
             "not decide it, 1.6 points ± 3.0 below reading again; so 160 steps and 512 "
-            "problems. Two seeds fit ten minutes; with a third it is 0.7 points ± 0.6 "
-            "below, latencies as here."
+            "problems."
         ),
         unit="percent",
         axis=ANSWERS,
