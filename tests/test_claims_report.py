@@ -56,14 +56,13 @@ def test_the_committed_page_is_made_from_the_committed_lines(folder):
 
 
 def test_a_page_says_what_was_run_and_what_was_not(folder):
+    twice = written(folder, ROW, ROW | {"seed": 1})
+    assert "* toy: all sizes in one checkpoint take less room" in twice
     page = written(folder, ROW)
     assert "one nested checkpoint / 2 separate ones, BF16 |    0.500" in page
     assert "--claim=memory" in page and "commit abc" in page and "1.5 s" in page
     assert "* Where there is no ± there is one seed" in page
     assert "* toy: all sizes" not in page
-    twice = written(folder, ROW, ROW | {"seed": 1})
-    assert "* toy: all sizes in one checkpoint take less room" in twice
-    written(folder, ROW)
     assert page.count("Not run.") == len(CLAIMS) - 1
     assert (folder / "memory.png").exists() and "![" in page
     (folder / "memory.jsonl").unlink()

@@ -21,6 +21,7 @@ ASKED = {  # by claim; never moved after a look at results
     "sizes between": 16,
 }
 ZONE = 0.05  # share of its target by which a budget's cost may miss it
+BETTER = "[better than|worse than|not clearly different from]"  # of lessons
 
 
 @dataclass(frozen=True)

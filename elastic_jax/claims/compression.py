@@ -4,7 +4,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from elastic_jax import fronts
-from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of, budgets_of, longest
+from elastic_jax.claims.claim import (
+    ASKED,
+    BETTER,
+    Cell,
+    Rows,
+    arms_of,
+    budgets_of,
+    longest,
+)
 from elastic_jax.verdicts import (
     Estimate,
     Finding,
@@ -80,14 +88,12 @@ def _of_saves(arm: str, sizes: Sequence[int], found: Sequence[Row]) -> Estimate:
 
 # -------------------------------------------------------------------- quantization
 
+COSTS = "costs [less than|more than|about]"
 FORMATS = {  # lessons by arm; of the longest problems
-    "fp8_ptq": "FP8 by rounding alone costs [less than|more than|about] 1%.",
-    "nvfp4_ptq": "NVFP4 by rounding alone costs [less than|more than|about] 7%.",
-    "nvfp4_qad": "after nested QAD, NVFP4 costs [less than|more than|about] 3%.",
-    "nvfp4_qat": (
-        "QAT, which trains on the task itself, answers [more than|less than|as much "
-        "as] BF16 does."
-    ),
+    "fp8_ptq": f"FP8 by rounding alone {COSTS} {1 - ASKED['fp8_ptq']:.0%}.",
+    "nvfp4_ptq": f"NVFP4 by rounding alone {COSTS} {1 - ASKED['nvfp4_ptq']:.0%}.",
+    "nvfp4_qad": f"after nested QAD, NVFP4 {COSTS} {1 - ASKED['nvfp4_qad']:.0%}.",
+    "nvfp4_qat": f"QAT, which trains on the task itself, is {BETTER} BF16.",
 }
 
 
@@ -124,11 +130,6 @@ def _arm(arm: str) -> str:
 
 # ------------------------------------------------------------------------- experts
 
-REAP = (
-    "{} parent, {}: REAP's order is [better than|worse than|not clearly different "
-    "from] a random one."
-)
-
 
 def _divergences(rows: Rows, arm: str, when: str) -> list[float]:
     return [row["found"][when]["kl"] for row in rows if row["arm"] == arm]
@@ -160,7 +161,12 @@ def experts(rows: Rows) -> Iterator[Finding]:
                     f"KL of random orders minus that of {order}, {when}, {parent}",
                     found,
                     unit="nats",
-                    lesson=REAP.format(parent, when) if order == "reap" else "",
+                    lesson=(
+                        f"{parent} parent, {when}: REAP's order is {BETTER} a random "
+                        "one."
+                        if order == "reap"
+                        else ""
+                    ),
                 )
 
 
@@ -184,7 +190,7 @@ def depth(rows: Rows) -> Iterator[Finding]:
                 difference(*each),
                 lesson=(
                     f"{parent} parent, {kind.partition(', ')[2]} parameters: narrower "
-                    "is [better than|worse than|not clearly different from] shallower."
+                    f"is {BETTER} shallower."
                 ),
             )
 

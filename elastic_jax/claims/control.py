@@ -4,12 +4,11 @@ import statistics
 from collections.abc import Iterator
 
 from elastic_jax import fronts
-from elastic_jax.claims.claim import ASKED, Cell, Rows, arms_of
+from elastic_jax.claims.claim import ASKED, BETTER, Cell, Rows, arms_of
 from elastic_jax.tables import listed
 from elastic_jax.verdicts import Finding, accuracy, difference, exactly, of_seeds
 
-BETTER = "better than|worse than|not clearly different from"
-AS_GOOD = "as good as|worse than|perhaps as good as"  # where a loss is accepted
+AS_GOOD = "[as good as|worse than|perhaps as good as]"  # where a loss is accepted
 
 
 def control(rows: Rows) -> Iterator[Finding]:
@@ -36,7 +35,7 @@ def control(rows: Rows) -> Iterator[Finding]:
                 asked if decides else None,
                 lesson=(
                     f"{pair} after `{stage}`: to go on from the other model's cache is "
-                    f"[{AS_GOOD if decides else BETTER}] to read its thought again."
+                    f"{AS_GOOD if decides else BETTER} to read its thought again."
                 ),
             )
     last = [point for point in points if point.stage == ends[-1]]

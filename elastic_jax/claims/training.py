@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from elastic_jax.claims.claim import (
     ASKED,
+    BETTER,
     ZONE,
     Cell,
     Rows,
@@ -124,9 +125,8 @@ def router(rows: Rows) -> Iterator[Finding]:
                 f"learned minus the best fixed shape, `{best}`, at `{budget}`",
                 difference(ours, each[best]),
                 lesson=(
-                    f"`{budget}`: what the router chose is [better than|worse than|"
-                    "neither clearly better nor worse than] the best shape picked by "
-                    "hand, known in hindsight."
+                    f"`{budget}`: what the router chose is {BETTER} the best shape "
+                    "picked by hand, known in hindsight."
                 ),
             )
             yield Finding(
@@ -137,8 +137,8 @@ def router(rows: Rows) -> Iterator[Finding]:
             f"learned minus the same sizes in a random order, at `{budget}`",
             difference(ours, right(rows, "random order", budget)),
             lesson=(
-                f"`{budget}`: after training, ranked weights are [better than|worse "
-                "than|neither clearly better nor worse than] weights in a random order."
+                f"`{budget}`: after training, ranked weights are {BETTER} weights in a "
+                "random order."
             ),
         )
 
