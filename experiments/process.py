@@ -11,13 +11,15 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 
 def compile_quickly(*more: str) -> None:
-    """Adds XLA flags, and `more`, to those of the environment.
+    """For runs that compile far longer than they compute."""
+    add_flags(*QUICK, *more)
 
-    For runs that compile far longer than they compute.
-    """
+
+def add_flags(*flags: str) -> None:
+    """Adds XLA flags to those of the environment, which win."""
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0] for flag in given}
-    added = [f for f in (*QUICK, *more) if f.partition("=")[0] not in names]
+    added = [f for f in flags if f.partition("=")[0] not in names]
     os.environ["XLA_FLAGS"] = " ".join([*given, *added])
 
 

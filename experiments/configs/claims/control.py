@@ -16,12 +16,15 @@ def get_config():
     config.claim = {"seeds": 3}
     config.save_every = 500
     config.parent_training.steps = 900
-    for name, steps in {"short": 60, "long": 60, "mixed": 160}.items():
-        config.stages[name].update({"steps": steps})
+    config.stages.names = ("short", "mixed")
+    each = {"batch": 16, "micro_batch": 8}
+    config.stages.short.update(each | {"steps": 100, "sampling": (1.0, 3.0)})
+    config.stages.mixed.update(each | {"steps": 280})
     config.control.update(
-        {"caps": (18, 31), "stages": ("long", "mixed"), "problems": 512}
+        {"caps": (18, 31), "stages": ("short", "mixed"), "problems": 512, "repeats": 2}
     )
     config.when_smoke.update({"claim": {"seeds": 2}, "save_every": 500})
+    config.when_smoke.control.stages = ("short", "mixed")
     config.when_smoke.stages.update(
         {name: dict(base.SMOKE_STAGE) for name in config.stages.names}
     )

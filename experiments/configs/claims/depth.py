@@ -4,7 +4,7 @@
 
 Of each parent the blocks that matter least are dropped; the other arm keeps all blocks
 and is made narrower until it has as many parameters. Each is distilled alone, for as
-many steps. The deep parent has half as many blocks again as the shallow one.
+many steps. The deep parent has a third more blocks than the shallow one.
 """
 
 from experiments.configs.claims import base
@@ -13,7 +13,7 @@ from experiments.configs.claims import base
 def get_config():
     config = base.get_config(
         "Width against depth",
-        patterns={"shallow": "MEM*ME", "deep": "MEM*MEM*E"},
+        patterns={"shallow": "MEM*ME", "deep": "MEM*MEME"},
         dropped={"shallow": 2, "deep": 3},
         orders=("equal_total", "equal_active"),
     )
@@ -25,7 +25,7 @@ def get_config():
         }
     )
     config.budgets.update({"names": ("full", "small"), "targets": (1.0, 0.62)})
-    config.stages.short.update({"steps": 60, "sampling": (0.0, 1.0)})
+    config.stages.short.update({"steps": 45, "sampling": (0.0, 1.0)})
     config.evaluation.examples = 512
     config.when_smoke.claim.update(
         {
