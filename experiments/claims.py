@@ -170,6 +170,9 @@ def main(arguments: Sequence[str]) -> None:
         for claim, each in plans.items():
             run(claim, each, root, results)
             said = write(results)
+            # Linux maps 65,530 regions for a process, and XLA a hundred per program:
+            # without this, compiling fails for want of memory in the seventh claim.
+            jax.clear_caches()
     console.print(f"done: {said}")
 
 

@@ -73,6 +73,15 @@ def test_a_claim_runs_and_is_not_run_again(root, capsys):
     assert "seed 0" not in capsys.readouterr().out
 
 
+def test_programs_of_a_claim_are_given_back(root):
+    """All claims in one process would compile more than it may map."""
+    program = jax.jit(lambda x: x + 1)
+    program(1)
+    assert program._cache_size() == 1
+    claims.main(["--claim=between", "--smoke", f"--workdir={root}"])
+    assert program._cache_size() == 0
+
+
 def test_a_missing_line_is_measured_from_what_was_trained(root):
     path = root / "results" / "between.jsonl"
     whole = path.read_text()
