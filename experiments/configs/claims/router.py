@@ -33,10 +33,10 @@ def get_config():
     )
     config.budgets.targets = (1.0, 0.78, 0.58)
     config.router.fit_first = 0
-    config.evaluation.examples = 512
+    config.evaluation.examples = 256
     # Eight draws of a budget in every step: a router that meets one budget at a time
     # settles before all of them are met.
-    config.stages.short.update({"steps": 140, "batch": 8, "micro_batch": 1})
+    config.stages.short.update({"steps": 130, "batch": 8, "micro_batch": 1})
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},
