@@ -88,11 +88,16 @@ def _of_saves(arm: str, sizes: Sequence[int], found: Sequence[Row]) -> Estimate:
 
 # -------------------------------------------------------------------- quantization
 
-COSTS = "costs [less than|more than|about]"
+LOSSY = {
+    "fp8_ptq": "FP8 by rounding alone",
+    "nvfp4_ptq": "NVFP4 by rounding alone",
+    "nvfp4_qad": "after nested QAD, NVFP4",
+}
 FORMATS = {  # lessons by arm; of the longest problems
-    "fp8_ptq": f"FP8 by rounding alone {COSTS} {1 - ASKED['fp8_ptq']:.0%}.",
-    "nvfp4_ptq": f"NVFP4 by rounding alone {COSTS} {1 - ASKED['nvfp4_ptq']:.0%}.",
-    "nvfp4_qad": f"after nested QAD, NVFP4 {COSTS} {1 - ASKED['nvfp4_qad']:.0%}.",
+    **{
+        arm: f"{what} costs [less than|more than|about] {1 - ASKED[arm]:.0%}."
+        for arm, what in LOSSY.items()
+    },
     "nvfp4_qat": f"QAT, which trains on the task itself, is {BETTER} BF16.",
 }
 
