@@ -17,8 +17,8 @@ from experiments import process  # noqa: E402
 
 if __name__ == "__main__":
     process.use_huge_pages()
-if "--config.smoke=True" in sys.argv:
-    process.compile_quickly()
+    if "--config.smoke=True" in sys.argv:
+        process.compile_quickly()
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402

@@ -29,6 +29,15 @@ install_import_hook(
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_given_back():
+    """After each module: of 65,530 regions that Linux maps, a program takes a hundred."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smoke_run() -> Callable[..., subprocess.CompletedProcess]:
     """Runs an experiment at smoke size: `smoke_run(workdir, *flags, config=name)`."""
