@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_given_back():
-    """After each module: of 65,530 regions that Linux maps, a program takes a hundred."""
+    """After each module: Linux maps 65,530 regions, a program takes a hundred."""
     yield
     import jax
 

@@ -26,6 +26,9 @@ from elastic_jax.lazy import LazyArray, pieces
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_CARRIERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz")
+ESCAPES = re.compile(
+    r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u(?P<half>[dD][89a-fA-F])?|\\[^u]"
+)
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 # Parsed, the worst JSON takes twenty times its text. Names of tensors, their shapes and
 # offsets take 150 bytes each: this is room for 50 000 in a shard.
@@ -250,7 +253,10 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no NaN, no depth that exhausts the stack."""
+    """Strict JSON: no key twice, no NaN, no depth that exhausts the stack.
+
+    Of Unicode text, also where it is escaped: half of a surrogate pair is refused.
+    """
 
     def unique(pairs):
         found = dict(pairs)
@@ -264,9 +270,12 @@ def parse_json(text: bytes) -> Any:
 
     try:
         decoded = text.decode("utf-8")
-        return json.loads(decoded, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=constant)
     except RecursionError:
         raise ValueError("the JSON is nested too deep") from None
+    if any(escape["half"] for escape in ESCAPES.finditer(decoded)):
+        raise ValueError("the JSON holds half of a surrogate pair")
+    return value
 
 
 def short(value: Any, limit: int = 120) -> str:

@@ -117,6 +117,8 @@ HEADERS = {
     "size is twice": shard({"a": entry(offsets=(0, 16))}, bytes(16)),
     "metadata is a list": shard({"__metadata__": [], "a": entry()}, EIGHT),
     "metadata is null": shard({"__metadata__": None, "a": entry()}, EIGHT),
+    "metadata is half a character": shard({"__metadata__": {"x": "\ud800"}}, b""),
+    "a name is half a character": shard({"a\udfff": entry()}, EIGHT),
     "metadata is nested": shard({"__metadata__": {"x": {}}, "a": entry()}, EIGHT),
     "metadata is numbers": shard({"__metadata__": {"x": 1}, "a": entry()}, EIGHT),
     "a name of 1 MB": shard({"n" * 10**6: entry(dtype="F7")}, EIGHT),
@@ -181,6 +183,14 @@ def test_the_worst_json_takes_less_than_a_quarter_of_a_gigabyte():
     peak = tracemalloc.get_traced_memory()[1]
     assert peak * LARGEST_JSON_BYTES / len(text) < 2**28
     tracemalloc.stop()
+
+
+def test_escaped_characters_are_read_where_they_are_whole():
+    text = rb'{"\ud83d\ude00": ["\\ud800", "\\\\ud800"]}'
+    assert parse_json(text) == {"\U0001f600": ["\\ud800", "\\\\ud800"]}
+    for half in (rb'"\ud83d"', rb'["\ude00"]', rb'{"\ude00\ud83d": 1}'):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            parse_json(half)
 
 
 @pytest.mark.parametrize(
