@@ -355,11 +355,11 @@ def _problems(cfg: ModelConfig, axis: str, given: Any) -> Iterator[str]:
     for name, n, size in zip(names, each, sizes, strict=True):
         # The full size is always allowed, also where it is no multiple of the step.
         step = AXES[axis].step
-        options = [*range(cfg.top_k if axis == "experts" else step, size, step), size]
+        smaller = range(cfg.top_k if axis == "experts" else step, size, step)
         if not _is_count(n):
             yield f"{name}: expected an int, got {n!r}"
-        elif n not in options:
-            yield f"{name}: {n} is none of {_listed(options)}"
+        elif n != size and n not in smaller:
+            yield f"{name}: {n} is none of {_listed(smaller, size)}"
 
 
 def _layer_problems(cfg: ModelConfig, given: Any) -> Iterator[str]:
@@ -374,7 +374,6 @@ def _layer_problems(cfg: ModelConfig, given: Any) -> Iterator[str]:
         yield "layers: at least one block must stay"
 
 
-def _listed(options: list[int]) -> str:
-    if len(options) > 8:
-        options = [*options[:3], "...", *options[-2:]]
-    return ", ".join(map(str, options))
+def _listed(smaller: range, size: int) -> str:
+    few = smaller if len(smaller) < 8 else [*smaller[:3], "...", smaller[-1]]
+    return ", ".join(map(str, [*few, size]))

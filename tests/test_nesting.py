@@ -5,6 +5,7 @@ That the model computes the same before and after is the business of `test_laws.
 
 import dataclasses
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,16 @@ def test_a_submodel_can_be_cut_again():
 def test_wrong_counts_name_axis_layer_and_choices(wrong, message):
     with pytest.raises(ValueError, match=message):
         ej.counts(CFG, **wrong)
+
+
+def test_a_wrong_count_of_very_many_is_refused_without_a_list_of_them():
+    wide = dataclasses.replace(CFG, embed=2**24)
+    tracemalloc.start()
+    choices = "embed: 40 is none of 16, 32, 48, ..., 16777200, 16777216"
+    with pytest.raises(ValueError, match=choices):
+        ej.counts(wide, embed=40)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_wrong_counts_are_reported_together():
