@@ -159,14 +159,6 @@ def mean(values: Right) -> float:
     return fronts.mean(list(values.values()))
 
 
-def at_all(seeds: Right | None, ours: Right | None) -> Right | None:
-    """What was measured once, because it has no seed, as if at all of `seeds`."""
-    if seeds is None or ours is None:
-        return None
-    (only,) = ours.values()
-    return dict.fromkeys(seeds, only)
-
-
 def difference(ours: Right | None, theirs: Right | None) -> Estimate | None:
     """How much more is right, problem by problem."""
     apart = combined(lambda a, b: a - b, ours, theirs)

@@ -77,7 +77,7 @@ def run(
         if not missing:
             continue
         console.rule(f"[bold]{claim}, seed {seed}", align="left")
-        began = time.monotonic()
+        began, start = time.monotonic(), start.of_seed(seed)
         for arm, found in arms.rows(start, seed, missing):
             now = time.monotonic()
             about = {"claim": claim, "arm": arm, "seed": seed}

@@ -40,8 +40,9 @@ def only(found, part):
 
 @pytest.mark.parametrize("true", [True, False])
 def test_nested(true):
-    rows = [row("parent", 0, answers({"full": 0.99}))]
+    rows = []
     for seed in range(3):
+        rows.append(row("parent", seed, answers({"full": 0.99}, seed)))
         full = 0.99 if true else 0.8
         shares = {"full": full, "mid": 0.9, "small": 0.9}
         work = 36.0 if true else 38.0

@@ -95,7 +95,10 @@ LOSSY = {
 }
 FORMATS = {  # lessons by arm; of the longest problems
     **{
-        arm: f"{what} costs [less than|more than|about] {1 - ASKED[arm]:.0%}."
+        arm: (
+            f"{what} [costs less than|costs more than|may cost more or less than] "
+            f"{1 - ASKED[arm]:.0%}."
+        )
         for arm, what in LOSSY.items()
     },
     "nvfp4_qat": f"QAT, which trains on the task itself, is {BETTER} BF16.",

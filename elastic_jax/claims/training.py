@@ -17,7 +17,6 @@ from elastic_jax.verdicts import (
     Finding,
     Row,
     accuracy,
-    at_all,
     combined,
     difference,
     exactly,
@@ -55,13 +54,13 @@ def nested(rows: Rows) -> Iterator[Finding]:
         asked = ASKED["nested over separate at small"] if "third" in arm else None
         yield Finding(
             f"nested minus {arm}, at `{small}`",
-            difference(at("nested", small), _repeated(rows, arm, small)),
+            difference(at("nested", small), at(arm, small)),
             asked,
             lesson=f"`{small}`: {lesson}",
         )
     yield Finding(
         "nested `full` minus its parent",
-        difference(at("nested", "full"), _repeated(rows, "parent", "full")),
+        difference(at("nested", "full"), at("parent", "full")),
         ASKED["full under its parent"],
         lesson=(
             "To share its weights with smaller ones [does not cost|costs|may cost] "
@@ -79,14 +78,6 @@ def nested(rows: Rows) -> Iterator[Finding]:
                 unit="ratio",
                 lesson=FAMILY if arm == "nested" else "",
             )
-
-
-def _repeated(rows: Rows, arm: str, budget: str):
-    """An arm's answers; those that no training seed changes stand for all seeds."""
-    ours = right(rows, arm, budget)
-    if arm not in ("parent", "untrained"):
-        return ours
-    return at_all(right(rows, "nested", budget), ours)
 
 
 # -------------------------------------------------------------------------- router

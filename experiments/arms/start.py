@@ -32,15 +32,25 @@ OF_PARENT = (
 class Start:
     """A plan with its folders, and the parent behind it, made when it is asked for.
 
+    Args:
+      balanced: the parent is trained with load balancing.
+
     Attributes:
       plan: the claim's.
       root: of all claims.
       workdir: of this claim, or of the one whose models it reads.
       asked: the group `claim` of the configuration.
+      parent_seed: added to the plan's where the parent is trained.
     """
 
     def __init__(
-        self, plan: Plan, root: pathlib.Path, claim: str, *, balanced: bool = False
+        self,
+        plan: Plan,
+        root: pathlib.Path,
+        claim: str,
+        *,
+        parent_seed: int = 0,
+        balanced: bool = False,
     ):
         # Claims that share what they train have titles of their own.
         values = {k: v for k, v in plan.values.items() if k != "title"}
@@ -50,7 +60,14 @@ class Start:
         trained_in = self.asked.get("trained_in", claim)
         self.workdir = Workdir(root / "trained" / trained_in)
         self.specs = ej.param_specs(plan.cfg)
-        self._balanced = balanced
+        self.parent_seed, self._balanced = parent_seed, balanced
+
+    def of_seed(self, seed: int) -> "Start":
+        """The same with a parent of another seed, where the claim asks for that."""
+        other = self._other(parent_seed=seed if self.asked["own_parents"] else 0)
+        if "router" in vars(self):  # it met no parent
+            vars(other)["router"] = self.router
+        return other
 
     def of_pattern(self, pattern: str) -> "Start":
         """The same with a parent of other blocks."""
@@ -58,15 +75,20 @@ class Start:
         values = plan.values | {"model": plan.values["model"] | {"pattern": pattern}}
         cfg = dataclasses.replace(plan.cfg, pattern=pattern)
         changed = dataclasses.replace(plan, values=values, cfg=cfg)
-        return Start(changed, self.root, self.claim)
+        return self._other(changed)
 
     def balanced(self) -> "Start":
         """The same with a parent that was trained with load balancing."""
-        return Start(self.plan, self.root, self.claim, balanced=True)
+        return self._other(balanced=True)
+
+    def _other(self, plan: Plan | None = None, **parent: Any) -> "Start":
+        same = {"parent_seed": self.parent_seed, "balanced": self._balanced}
+        return Start(plan or self.plan, self.root, self.claim, **(same | parent))
 
     @functools.cached_property
     def _made(self) -> tuple[Any, dict[str, Any], Scores, Any]:
         values = {name: self.plan.values[name] for name in OF_PARENT}
+        values["seed"] += self.parent_seed
         named = json.dumps([values, self._balanced], sort_keys=True)
         digest = hashlib.sha256(named.encode()).hexdigest()[:8]
         plan = dataclasses.replace(self.plan, values=values)

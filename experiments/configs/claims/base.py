@@ -1,7 +1,8 @@
-"""What the claims share: one parent, batches that two cores take in a blink, seeds.
+"""What the claims share: parents, batches that two cores take in a blink, seeds.
 
-A claim's config has a group `claim`: how many `seeds`, and what its arms need beside
-the fields of every experiment. Claims whose parents are alike train one between them.
+A claim's config has a group `claim`: how many `seeds`, whether each has a parent of its
+own, and what its arms need beside the fields of every experiment. Claims whose parents
+are alike train them between them.
 """
 
 from experiments.configs import base
@@ -16,7 +17,7 @@ def get_config(title: str, **claim):
     config.title = title
     config.controls = "none"
     config.save_every = 500
-    config.claim = {"seeds": 3} | claim
+    config.claim = {"seeds": 3, "own_parents": True} | claim
     # Three sizes with room between them, and no axis that the budgets cannot steer.
     config.elastic.update(
         {

@@ -12,6 +12,7 @@ from experiments.configs.claims import base
 def get_config():
     config = base.get_config(
         "Budgets never trained",
+        seeds=4,
         trained_in="nested",
         sizes=16,
     )

@@ -36,7 +36,7 @@ def get_config():
     config.evaluation.examples = 256
     # Eight draws of a budget in every step: a router that meets one budget at a time
     # settles before all of them are met.
-    config.stages.short.update({"steps": 130, "batch": 8, "micro_batch": 1})
+    config.stages.short.update({"steps": 160, "batch": 8, "micro_batch": 1})
     config.when_smoke.update(
         {
             "router": {"fit_first": 300},

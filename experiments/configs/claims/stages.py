@@ -12,7 +12,7 @@ from experiments.configs.claims import base
 
 
 def get_config():
-    config = base.get_config("Two stages")
+    config = base.get_config("Two stages", seeds=4)
     short = {"steps": 100, "context": 48, "batch": 32, "micro_batch": 16}
     config.stages.names = ("short", "more", "uniform", "weighted")
     config.stages.short.update(short | {"max_steps": 4})
