@@ -11,4 +11,4 @@ from experiments.configs.claims import base
 
 
 def get_config():
-    return base.get_config("One nested run against separate runs", seeds=4)
+    return base.get_config("One nested run against separate runs", seeds=5)
