@@ -6,15 +6,12 @@ The models are those of the claim `nested`, which are read back where they are t
 The router is asked for blends of two neighbouring budgets, and each answer is cut.
 """
 
-from experiments.configs.claims import base
+from experiments.configs.claims import nested
 
 
 def get_config():
-    config = base.get_config(
-        "Budgets never trained",
-        seeds=4,
-        trained_in="nested",
-        sizes=16,
-    )
+    config = nested.get_config()
+    config.title = "Budgets never trained"
+    config.claim.update({"trained_in": "nested", "sizes": 16})
     config.when_smoke.claim.sizes = 2
     return config

@@ -11,4 +11,6 @@ from experiments.configs.claims import base
 
 
 def get_config():
-    return base.get_config("One nested run against separate runs", seeds=5)
+    config = base.get_config("One nested run against separate runs", seeds=4)
+    config.stages.short.steps = 240
+    return config

@@ -34,8 +34,8 @@ def get_config():
     config.budgets.targets = (1.0, 0.78, 0.58)
     config.router.fit_first = 0
     config.evaluation.examples = 256
-    # Eight draws of a budget in every step, and a slow router: one that meets one budget
-    # at a time, or hurries, settles before all of them are met.
+    # Eight draws of a budget in every step, and a slow router: one that hurries, or
+    # meets one budget at a time, settles before all of them are met.
     config.stages.short.update(
         {"steps": 200, "batch": 8, "micro_batch": 1, "router_learning_rate": 0.004}
     )
