@@ -37,7 +37,7 @@ CLAIMS = {  # the cheap ones first
         scope=(
             f"{TOY} Work counts active parameters times tokens, a backward pass as "
             "two; the full size is distilled separately too. 240 steps are few: the "
-            "small size is far from done."
+            "small size is not done."
         ),
         tried=(
             "512 problems first, which left `full` undecided; so 1,024. With one "
