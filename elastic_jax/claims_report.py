@@ -258,9 +258,10 @@ def plot_cells(claim: Claim, rows: Sequence[Mapping]) -> Figure:
         crowded = len(groups) > 4 or sum(map(len, groups)) > 80
         tilted = {"rotation": 30, "ha": "right"} if crowded else {}
         ax.set_xticks(range(len(groups)), groups, **tilted)
-    if claim.unit == "percent":
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(bottom=0)  # no unit has values below
+    if claim.unit == "percent":  # nor shares above
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_ylim(top=min(1.05, ax.get_ylim()[1]))
     ax.set_ylabel(claim.axis)
     figure.legend(loc="outside upper center", ncols=4)
     return figure

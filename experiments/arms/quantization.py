@@ -10,10 +10,7 @@ from experiments.arms.start import Start
 
 
 def arms(start: Start, seed: int) -> tuple[str, ...]:
-    """Those of a seed: training on the data is there for the first few."""
-    each = (quantization.REFERENCE, *start.plan.values["quantization"]["arms"])
-    late = seed >= start.asked["qat_seeds"]
-    return tuple(arm for arm in each if not (late and arm.endswith("_qat")))
+    return quantization.REFERENCE, *start.plan.values["quantization"]["arms"]
 
 
 def rows(start: Start, seed: int, missing) -> Iterator[tuple[str, dict[str, Any]]]:

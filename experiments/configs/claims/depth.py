@@ -13,6 +13,7 @@ from experiments.configs.claims import base
 def get_config():
     config = base.get_config(
         "Width against depth",
+        seeds=4,
         patterns={"shallow": "MEM*ME", "deep": "MEM*MEME"},
         dropped={"shallow": 2, "deep": 3},
         orders=("equal_total", "equal_active"),

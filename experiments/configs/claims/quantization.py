@@ -11,7 +11,7 @@ from experiments.configs.claims import base
 
 
 def get_config():
-    config = base.get_config("One quantized nested checkpoint", seeds=6, qat_seeds=1)
+    config = base.get_config("One quantized nested checkpoint", seeds=6)
     each = {"batch": 16, "micro_batch": 8, "context": 96}
     config.stages.names = ("short", "long")
     config.stages.short.update(each | {"steps": 40, "max_steps": 6})
@@ -42,7 +42,6 @@ def get_config():
                 "long": dict(base.SMOKE_STAGE),
             },
             "quantization": {"stage": dict(base.SMOKE_STAGE)},
-            "claim": {"qat_seeds": 1},
             "budgets": {"targets": (1.0, 0.65)},
         }
     )
