@@ -26,6 +26,7 @@ from elastic_jax.lazy import LazyArray, pieces
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_CARRIERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz")
+# In this order: a whole surrogate pair, half of one, anything else.
 ESCAPES = re.compile(
     r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u(?P<half>[dD][89a-fA-F])?|\\[^u]"
 )

@@ -87,8 +87,8 @@ class Start:
 
     @functools.cached_property
     def _made(self) -> tuple[Any, dict[str, Any], Scores, Any]:
-        values = {name: self.plan.values[name] for name in OF_PARENT}
-        values["seed"] += self.parent_seed
+        seeded, _ = training.of_seed(self.plan, self.parent_seed)
+        values = {name: seeded.values[name] for name in OF_PARENT}
         named = json.dumps([values, self._balanced], sort_keys=True)
         digest = hashlib.sha256(named.encode()).hexdigest()[:8]
         plan = dataclasses.replace(self.plan, values=values)

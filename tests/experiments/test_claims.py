@@ -75,7 +75,7 @@ def test_a_claim_runs_and_is_not_run_again(root, capsys):
 
 def test_every_seed_has_a_parent_of_its_own_where_the_claim_says_so(root):
     assert len([*(root / "parents").iterdir()]) == 2
-    for claim, own in ({"nested": 1, "depth": 1, "experts": 0}).items():
+    for claim, own in {"nested": 1, "depth": 1, "experts": 0}.items():
         second = Start(claims.plan(claim), root, claim).of_seed(1)
         each = second, second.of_pattern("ME"), second.balanced()
         assert [start.parent_seed for start in each] == [own] * 3

@@ -7,6 +7,7 @@ are alike train them between them.
 
 from experiments.configs import base
 
+CLAIM = {"seeds": 3, "own_parents": True}  # where a claim says nothing else
 # Of a smoke run: everything works, and no number means anything.
 SMOKE_STAGE = {"steps": 3, "batch": 4, "micro_batch": 2, "warmup_steps": 1}
 
@@ -17,7 +18,7 @@ def get_config(title: str, **claim):
     config.title = title
     config.controls = "none"
     config.save_every = 500
-    config.claim = {"seeds": 3, "own_parents": True} | claim
+    config.claim = CLAIM | claim
     # Three sizes with room between them, and no axis that the budgets cannot steer.
     config.elastic.update(
         {

@@ -13,7 +13,7 @@ from experiments.configs.claims import base
 def get_config():
     config = budget_control.get_config()
     config.title = "Who thinks and who answers"
-    config.claim = {"seeds": 3, "own_parents": True}
+    config.claim = dict(base.CLAIM)
     config.save_every = 500
     config.parent_training.steps = 900
     config.stages.names = ("short", "mixed")
