@@ -39,7 +39,7 @@ FLOORS = (
         "stored",
         "checkpoint",
         "saves",
-        "huggingface.shards",
+        *("huggingface.untrusted", "huggingface.shards"),
         *("huggingface.quantization_config", "huggingface.quantized"),
         "huggingface.config",
         "huggingface.uniform",

@@ -13,7 +13,7 @@ from typing import Any
 from elastic_jax.axes import BLOCK_KINDS
 from elastic_jax.config import LONGEST_PATTERN, ModelConfig
 from elastic_jax.huggingface.quantization_config import Declared, declared
-from elastic_jax.huggingface.shards import refuse, short
+from elastic_jax.huggingface.untrusted import refuse, short
 
 # Names of blocks in `layers_block_type`, of transformers 5 and before.
 BLOCK_NAMES = {

@@ -22,8 +22,9 @@ from elastic_jax.axes import ParamSpec, Path
 from elastic_jax.config import ModelConfig
 from elastic_jax.huggingface.quantization_config import MODELOPT, Stored
 from elastic_jax.huggingface.quantized import SCALAR_SHAPE, SCALARS, suffixes, told
-from elastic_jax.huggingface.shards import LARGEST_TENSOR_COUNT, short
+from elastic_jax.huggingface.shards import LARGEST_TENSOR_COUNT
 from elastic_jax.huggingface.turning import inner, outer, outer_shape, widest
+from elastic_jax.huggingface.untrusted import short
 from elastic_jax.lazy import LastRead, LazyArray
 from elastic_jax.model import param_specs
 from elastic_jax.parts import packed_axis, parts

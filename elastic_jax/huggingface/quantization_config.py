@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_jax.huggingface.shards import refuse, short
+from elastic_jax.huggingface.untrusted import refuse, short
 from elastic_kernels.quant_array import BLOCK
 
 MODELOPT, COMPRESSED = "modelopt", "compressed-tensors"

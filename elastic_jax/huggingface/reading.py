@@ -26,14 +26,9 @@ from elastic_jax.huggingface.config import Described, from_json
 from elastic_jax.huggingface.names import ROUTER_BIAS, Layout, Table, weights
 from elastic_jax.huggingface.quantization_config import MODELOPT, declared
 from elastic_jax.huggingface.quantized import contradictions, stored_in
-from elastic_jax.huggingface.shards import (
-    inside,
-    read_json,
-    read_shards,
-    refuse,
-    short,
-)
+from elastic_jax.huggingface.shards import read_shards
 from elastic_jax.huggingface.uniform import MASKED_BIAS
+from elastic_jax.huggingface.untrusted import inside, read_json, refuse, short
 from elastic_jax.lazy import pieces
 from elastic_jax.model import param_specs
 from elastic_jax.parts import SCALES, invalid_scales

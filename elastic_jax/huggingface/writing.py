@@ -30,8 +30,9 @@ from elastic_jax.huggingface.quantization_config import (
 )
 from elastic_jax.huggingface.quantized import as_lazy, dequantized, formats_of, notes
 from elastic_jax.huggingface.reading import COMPANIONS, QUANTIZATION
-from elastic_jax.huggingface.shards import refuse, write_shards, write_text
+from elastic_jax.huggingface.shards import write_shards, write_text
 from elastic_jax.huggingface.uniform import uniform
+from elastic_jax.huggingface.untrusted import refuse
 from elastic_jax.lazy import LazyArray
 from elastic_jax.model import param_specs
 from elastic_kernels import QuantArray

@@ -20,15 +20,13 @@ from hypothesis import strategies as st
 from elastic_jax.huggingface.shards import (
     DTYPES,
     INDEX,
-    LARGEST_JSON_BYTES,
     LARGEST_TENSOR_COUNT,
     SINGLE,
-    parse_json,
     read_header,
     read_shards,
-    short,
     write_shards,
 )
+from elastic_jax.huggingface.untrusted import LARGEST_JSON_BYTES, parse_json, short
 from elastic_jax.lazy import lazy
 
 
