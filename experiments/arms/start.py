@@ -64,7 +64,9 @@ class Start:
 
     def of_seed(self, seed: int) -> "Start":
         """The same with a parent of another seed, where the claim asks for that."""
-        other = self._other(parent_seed=seed if self.asked["own_parents"] else 0)
+        if not self.asked["own_parents"]:
+            return self
+        other = self._other(parent_seed=seed)
         if "router" in vars(self):  # it met no parent
             vars(other)["router"] = self.router
         return other
